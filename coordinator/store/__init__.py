@@ -1,0 +1,1 @@
+"""Where the mesh's records are kept."""

@@ -1,0 +1,108 @@
+"""What the daemon sees of jails. Real: `edge_agent.jail.client`, which asks the jailer.
+Fake: `tests/support/fake_jails.py`, in memory. Both pass tests/contract/test_jails.py.
+
+Life of a jail: make -> (restore files) -> start -> turns -> kill. The jail's directory on this node's
+disk outlives its process, so that an instance resumes where it slept without moving anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from edge_agent.state.files import Files
+from shared.resources import Resources
+
+
+@dataclass(frozen=True, slots=True)
+class JailSpec:
+    """What the jailer needs to make a jail. It trusts none of it: names are checked, paths are its own."""
+
+    jail_id: str  # [a-z0-9-]{1,64}; also the name of its directory, cgroup and (cut short) its host name
+    bundle: str  # version of the agent: the name of a directory in the node's bundle directory
+    argv: tuple[str, ...]  # what init runs inside, as the agent's uid
+    env: dict[str, str] = field(default_factory=dict)
+    limits: Resources = field(default_factory=Resources)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the agent's process ended."""
+
+    code: int  # exit code, or -signal
+    out_of_memory: bool  # the kernel killed it for exceeding its memory limit
+    stderr_tail: str = ""  # the last of what it wrote to standard error, at most 4 KiB
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    memory_bytes: int
+    cpu_seconds: float
+    pids: int
+
+
+class JailGone(Exception):
+    """The jail's process has ended; `exit` says how. What was asked of it was not done."""
+
+    def __init__(self, exit: Exit) -> None:
+        super().__init__(f"the agent's process ended with {exit}")
+        self.exit = exit
+
+
+class Jail(Protocol):
+    """One jail. Methods raise JailGone once its process has ended, RoostError JAIL_FAILED otherwise."""
+
+    @property
+    def jail_id(self) -> str: ...
+
+    @property
+    def files(self) -> Files:
+        """Its /state."""
+        ...
+
+    async def start(self) -> None:
+        """Runs the agent; returns when its process exists (the agent says by itself when it is ready)."""
+        ...
+
+    async def send(self, message: bytes) -> None:
+        """One message to the agent. At most MAX_MESSAGE bytes."""
+        ...
+
+    async def receive(self) -> bytes:
+        """The agent's next message. RoostError AGENT_CRASHED for garbage or an oversized one."""
+        ...
+
+    async def freeze(self) -> None:
+        """Stops all of the agent's processes; returns when they have stopped. Init goes on."""
+        ...
+
+    async def thaw(self) -> None: ...
+
+    async def usage(self) -> Usage: ...
+
+    async def kill(self) -> Exit:
+        """Ends every process of the jail and removes all that it had but its directory. Idempotent."""
+        ...
+
+
+class Jails(Protocol):
+    """The node's jails."""
+
+    async def make(self, spec: JailSpec) -> Jail:
+        """A jail with its walls up and its directory in place; nothing of the agent runs yet."""
+        ...
+
+    async def adopt(self) -> list[Jail]:
+        """The running jails that an earlier daemon of this jailer left."""
+        ...
+
+    async def directories(self) -> list[str]:
+        """Ids of the jails whose directory lies on this node's disk, running or not."""
+        ...
+
+    async def discard(self, jail_id: str) -> None:
+        """Removes the directory of a jail that does not run. Not being there is no error."""
+        ...
+
+
+MAX_MESSAGE = 8 << 20  # bytes of one message between daemon and agent: a 1 MiB turn, escaped, fits

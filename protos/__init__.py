@@ -1,0 +1,1 @@
+"""The contracts between everything that speaks over a wire."""

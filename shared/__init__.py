@@ -1,0 +1,1 @@
+"""What both daemons need, and nothing that only one of them does."""
