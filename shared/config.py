@@ -65,7 +65,7 @@ def from_table(cls: type[T], table: dict[str, Any], where: str) -> T:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:  # noqa: PLR0912 - one arm a kind of value
+def _value(kind: Any, value: Any, where: str) -> Any:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is tuple:

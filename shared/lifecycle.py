@@ -17,7 +17,7 @@ class ServiceEnded(RuntimeError):
     """A service that should run until the daemon stops has returned: a bug."""
 
 
-async def _forever(name: str, service: Coroutine[Any, Any, None]) -> None:
+async def _forever(name: str, service: Coroutine[Any, Any, object]) -> None:
     await service
     raise ServiceEnded(f"service {name} returned")
 
@@ -38,7 +38,7 @@ class Services:
             task.cancel()
         return await self._group.__aexit__(*exc)
 
-    def start(self, name: str, service: Coroutine[Any, Any, None]) -> None:
+    def start(self, name: str, service: Coroutine[Any, Any, object]) -> None:
         self._tasks.append(self._group.create_task(_forever(name, service), name=name))
 
 
