@@ -32,6 +32,10 @@ class Remedy(Enum):
 class Reason(StrEnum):
     """The names of `roost.v1.Reason`."""
 
+    @staticmethod
+    def _generate_next_value_(name: str, start: int, count: int, last_values: list[str]) -> str:
+        return name
+
     INTERNAL = auto()
     BAD_REQUEST = auto()
     MESSAGE_TOO_LARGE = auto()
@@ -63,10 +67,6 @@ class Reason(StrEnum):
     RESTORE_INCOMPLETE = auto()
     STATE_TOO_LARGE = auto()
     JAIL_FAILED = auto()
-
-    @staticmethod
-    def _generate_next_value_(name: str, start: int, count: int, last_values: list[str]) -> str:
-        return name
 
 
 _Code = grpc.StatusCode
