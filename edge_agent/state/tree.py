@@ -1,0 +1,286 @@
+"""A directory's tree, touched only beneath its root. Synchronous, stdlib only: a jail's init runs it too.
+
+What must hold: whatever the tree contains or becomes meanwhile, no call reads, writes or removes anything
+outside it, and none blocks. So every path is walked one component at a time from the root's descriptor,
+never through a symlink and never by `..`, and only regular files are opened. How it can fail: OSError, with
+FileNotFoundError for a path whose parents are missing, links or no directories; TreeTooLarge; ValueError for
+a path that no tree can have, which is the caller's bug.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from edge_agent.state.files import Entry, Kind
+
+MAX_ENTRIES = 100_000
+MAX_DEPTH = 64
+MAX_NAME_CHARS = 16 << 20  # of all paths and link targets together: they are held in memory
+TEMPORARY = ".roost-tmp-"  # names that begin so are ours: unfinished writes, removed by the next scan
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class TreeTooLarge(Exception):
+    """The tree has more entries, levels or names than a state may have; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A file that is being written: its directory, our own descriptor of it, its name until committed."""
+
+    parent: int
+    fd: int
+    temporary: str
+
+
+class Tree:
+    """The tree under `root_fd`, which stays the caller's to close. What it makes belongs to `owner`, a
+    (uid, gid), if given. One caller at a time."""
+
+    def __init__(self, root_fd: int, owner: tuple[int, int] | None = None) -> None:
+        self._root = root_fd
+        self._owner = owner
+        self._pending: dict[str, _Pending] = {}
+
+    def close(self) -> None:
+        """Drops unfinished writes."""
+        for path in list(self._pending):
+            self._drop_pending(path)
+
+    def scan(self) -> list[Entry]:
+        """As in `Files`. Unfinished writes, of this Tree or of one that crashed, are removed."""
+        self.close()
+        fd = os.open(".", _DIRECTORY, dir_fd=self._root)
+        entries = _Scan().directory(fd, "", 1)
+        entries.sort(key=lambda entry: entry.path)
+        return entries
+
+    def open_read(self, path: str) -> int:
+        with self._parent(path) as (parent, name):
+            try:
+                fd = os.open(name, _READ, dir_fd=parent)
+            except OSError as error:
+                # A link (ELOOP) or a socket (ENXIO): as little a file here as nothing at all.
+                if not _is(stat.S_ISREG, parent, name):
+                    raise _not_there(path) from error
+                raise
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise _not_there(path)
+        return fd
+
+    def open_write(self, path: str) -> int:
+        """A second one for the same path drops the first."""
+        self._drop_pending(path)
+        with self._parent(path) as (parent, _):
+            temporary = _temporary_name()
+            fd = os.open(temporary, _CREATE, 0o600, dir_fd=parent)
+            try:
+                # Our own descriptors: the caller may close its one before the commit.
+                self._pending[path] = _Pending(os.dup(parent), os.dup(fd), temporary)
+            except OSError:
+                os.close(fd)
+                os.unlink(temporary, dir_fd=parent)
+                raise
+        return fd
+
+    def commit_write(self, entry: Entry) -> Entry:
+        pending = self._pending.get(entry.path)
+        if pending is None:
+            raise ValueError(f"{entry.path!r} was not opened for writing")
+        name = _parts(entry.path)[-1]
+        try:
+            self._own(pending.fd)
+            os.fchmod(pending.fd, entry.mode & 0o777)
+            os.utime(pending.fd, ns=(entry.mtime_ns, entry.mtime_ns))
+            _replace(pending.parent, pending.temporary, name)
+            return _entry(entry.path, Kind.FILE, os.fstat(pending.fd))
+        finally:
+            self._drop_pending(entry.path)
+
+    def make_dir(self, entry: Entry) -> None:
+        with self._parent(entry.path) as (parent, name):
+            if not _is(stat.S_ISDIR, parent, name):
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=parent)
+                os.mkdir(name, 0o700, dir_fd=parent)
+            fd = os.open(name, _DIRECTORY, dir_fd=parent)
+            try:
+                self._own(fd)
+                os.fchmod(fd, entry.mode & 0o777)
+            finally:
+                os.close(fd)
+
+    def make_link(self, entry: Entry) -> None:
+        with self._parent(entry.path) as (parent, name):
+            temporary = _temporary_name()
+            os.symlink(entry.target, temporary, dir_fd=parent)
+            try:
+                if self._owner is not None:
+                    os.chown(temporary, *self._owner, dir_fd=parent, follow_symlinks=False)
+                _replace(parent, temporary, name)
+            except OSError:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=parent)
+                raise
+
+    def remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            with self._parent(path) as (parent, name):
+                _remove(parent, name, 0)
+
+    @contextmanager
+    def _parent(self, path: str) -> Iterator[tuple[int, str]]:
+        """The descriptor of `path`'s directory, and the name in it."""
+        *directories, name = _parts(path)
+        fd = os.open(".", _WALK, dir_fd=self._root)
+        try:
+            for directory in directories:
+                try:
+                    below = os.open(directory, _WALK, dir_fd=fd)
+                except OSError as error:
+                    if not _is(stat.S_ISDIR, fd, directory):
+                        raise _not_there(path) from error
+                    raise
+                os.close(fd)
+                fd = below
+            yield fd, name
+        finally:
+            os.close(fd)
+
+    def _own(self, fd: int) -> None:
+        if self._owner is not None:
+            os.fchown(fd, *self._owner)
+
+    def _drop_pending(self, path: str) -> None:
+        pending = self._pending.pop(path, None)
+        if pending is None:
+            return
+        with suppress(FileNotFoundError):  # committed
+            os.unlink(pending.temporary, dir_fd=pending.parent)
+        os.close(pending.fd)
+        os.close(pending.parent)
+
+
+class _Scan:
+    """One pass over a tree, with what it has met so far."""
+
+    def __init__(self) -> None:
+        self._met = 0
+        self._name_chars = 0
+
+    def directory(self, fd: int, prefix: str, depth: int) -> list[Entry]:
+        """Everything under the directory `fd`, which it closes. `prefix` is "" or ends with a slash."""
+        try:
+            if depth > MAX_DEPTH:
+                raise TreeTooLarge(f"directories are nested more than {MAX_DEPTH} deep")
+            found: list[Entry] = []
+            with os.scandir(fd) as names:
+                for item in names:
+                    self._count(len(prefix) + len(item.name))
+                    if item.name.startswith(TEMPORARY):
+                        _remove(fd, item.name, depth)
+                    else:
+                        self._one(fd, item.name, prefix + item.name, depth, found)
+            return found
+        finally:
+            os.close(fd)
+
+    def _one(self, parent: int, name: str, path: str, depth: int, found: list[Entry]) -> None:
+        # Something that vanished or changed its kind since it was listed is left out, as if it had
+        # never been there. A frozen jail's tree does not change.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                found.append(_entry(path, Kind.FILE, status))
+            elif stat.S_ISLNK(status.st_mode):
+                target = os.readlink(name, dir_fd=parent)
+                self._count(len(target), entries=0)
+                found.append(Entry(path, Kind.LINK, 0o777, target=target))
+            elif stat.S_ISDIR(status.st_mode):
+                below = os.open(name, _DIRECTORY, dir_fd=parent)
+                found.append(Entry(path, Kind.DIR, status.st_mode & 0o777))
+                found += self.directory(below, path + "/", depth + 1)
+
+    def _count(self, name_chars: int, entries: int = 1) -> None:
+        self._met += entries
+        self._name_chars += name_chars
+        if self._met > MAX_ENTRIES:
+            raise TreeTooLarge(f"there are more than {MAX_ENTRIES:,} files and directories")
+        if self._name_chars > MAX_NAME_CHARS:
+            raise TreeTooLarge(f"the paths are more than {MAX_NAME_CHARS >> 20} MiB in all")
+
+
+def _entry(path: str, kind: Kind, status: os.stat_result) -> Entry:
+    return Entry(
+        path,
+        kind,
+        status.st_mode & 0o777,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+    )
+
+
+def _parts(path: str) -> list[str]:
+    parts = path.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise ValueError(f"{path!r} is no path within a tree")
+    if parts[-1].startswith(TEMPORARY):
+        raise ValueError(f"{path!r}: names that begin with {TEMPORARY} are reserved")
+    return parts
+
+
+def _temporary_name() -> str:
+    return TEMPORARY + secrets.token_hex(8)
+
+
+def _not_there(path: str) -> FileNotFoundError:
+    return FileNotFoundError(2, "not there, or of another kind", path)
+
+
+def _lstat(parent: int, name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _is(kind: Callable[[int], bool], parent: int, name: str) -> bool:
+    status = _lstat(parent, name)
+    return status is not None and kind(status.st_mode)
+
+
+def _replace(parent: int, temporary: str, name: str) -> None:
+    """Moves a file or link in place of whatever has that name. A file is replaced atomically, a directory
+    is removed first."""
+    if _is(stat.S_ISDIR, parent, name):
+        _remove(parent, name, 0)
+    os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+
+
+def _remove(parent: int, name: str, depth: int) -> None:
+    """Removes `name`, with all beneath it if it is a directory. FileNotFoundError if it is not there."""
+    status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if not stat.S_ISDIR(status.st_mode):
+        os.unlink(name, dir_fd=parent)
+        return
+    if depth > MAX_DEPTH:
+        raise TreeTooLarge(f"directories are nested more than {MAX_DEPTH} deep")
+    fd = os.open(name, _DIRECTORY, dir_fd=parent)
+    try:
+        for child in os.listdir(fd):
+            _remove(fd, child, depth + 1)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=parent)
