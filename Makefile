@@ -1,0 +1,52 @@
+# What a person types. Each target first brings the machine up to date with packaging/bootstrap.sh, which
+# takes a fraction of a second when nothing has changed.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check image lock clean
+
+BIN := .venv/bin
+BOOTSTRAP := packaging/bootstrap.sh
+
+# $(call need_root,what for): jails are made of namespaces and cgroups, which only root may make.
+need_root = [ "$$(id -u)" = 0 ] || { \
+	echo "make $@ must run as root: it $(1). Type: sudo make $@" >&2; exit 1; }
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: ## install what is missing: system packages if root, and .venv
+	@$(BOOTSTRAP)
+
+demo: ## the main job once, on this machine: deploy, chat, lose an edge, go on (root)
+	@$(call need_root,installs etcd with apt and jails each agent in its own namespaces and cgroups)
+	@$(BOOTSTRAP)
+	@$(BIN)/python -m roost.demo
+
+test: ## all tests, against a real etcd and real jails (root); ARGS="-k text" picks some
+	@$(call need_root,installs etcd and container tools with apt and tests real jails)
+	@$(BOOTSTRAP) --test
+	@$(BIN)/pytest $(ARGS)
+
+check: ## format, lint, types, import rules, unit tests: under a minute, no root
+	@$(BOOTSTRAP)
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/pytest -q tests/unit
+
+image: ## the coordinator's container image, from a base made here; BASE=name takes another (root)
+	@$(call need_root,installs container tools with apt and builds the image in a chroot)
+	@$(BOOTSTRAP) --image
+	@packaging/coordinator/build.sh $(if $(BASE),--base $(BASE))
+
+lock: ## renew requirements.lock with the newest versions that pyproject.toml allows
+	@$(BOOTSTRAP)
+	@packaging/lock.sh
+
+clean: ## remove all that the targets above made in this directory
+	rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .hypothesis packaging/coordinator/wheels
+	rm -f protos/v1/*_pb2*.py protos/v1/*_pb2*.pyi
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
