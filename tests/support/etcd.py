@@ -1,0 +1,120 @@
+"""A private, real etcd, owned by a scope: it ends with the block, or with this process at the latest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from tests.support.eventually import eventually
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """For a child's `preexec_fn`: it is killed when the thread that made it ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago; distinct."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+class Etcd:
+    """One etcd process on this machine. After `stop` or `kill`, `start` brings it back with its data."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        client, peer = free_ports(2)
+        self.endpoint = f"127.0.0.1:{client}"
+        self._peer = f"127.0.0.1:{peer}"
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        client, peer = f"http://{self.endpoint}", f"http://{self._peer}"
+        with (self._directory / "etcd.log").open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                "etcd",
+                *("--data-dir", str(self._directory / "data")),
+                *("--listen-client-urls", client, "--advertise-client-urls", client),
+                *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+                *("--initial-cluster", f"default={peer}"),
+                # Leases may be no shorter than 1.5 elections; tests want 1 s.
+                *("--heartbeat-interval", "50", "--election-timeout", "500"),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=die_with_parent,
+            )
+        await eventually(self._answers, 10.0, f"etcd at {self.endpoint}")
+
+    async def stop(self, number: int = signal.SIGTERM) -> None:
+        """Ends it; it is gone on return. One that ignores the signal for 5 s is killed."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        self.resume()
+        self._process.send_signal(number)
+        try:
+            async with asyncio.timeout(5.0):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+    async def restart(self) -> None:
+        await self.stop(signal.SIGKILL)
+        await self.start()
+
+    def suspend(self) -> None:
+        """From now on it neither answers nor refuses."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    async def compact(self, revision: int) -> None:
+        code, output = await self._ctl("compact", str(revision))
+        assert code == 0, output
+
+    async def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.returncode is None, (self._directory / "etcd.log").read_text()[-2000:]
+        return (await self._ctl("endpoint", "health"))[0] == 0
+
+    async def _ctl(self, *arguments: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            *("etcdctl", "--endpoints", self.endpoint, "--dial-timeout", "1s", "--command-timeout", "1s"),
+            *arguments,
+            env={"ETCDCTL_API": "3", "PATH": "/usr/bin:/bin:/usr/local/bin"},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
+        output, _ = await process.communicate()
+        return process.returncode or 0, output.decode()
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(number)
+
+
+@asynccontextmanager
+async def running_etcd(directory: Path) -> AsyncIterator[Etcd]:
+    """An etcd with its data in `directory`, which must exist."""
+    etcd = Etcd(directory)
+    try:
+        await etcd.start()
+        yield etcd
+    finally:
+        await etcd.stop(signal.SIGKILL)
