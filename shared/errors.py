@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum, StrEnum, auto
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -147,7 +147,7 @@ class RoostError(Exception):
         status.details.add().Pack(info)
         return ((_DETAILS, status.SerializeToString()),)
 
-    async def abort(self, context: grpc.aio.ServicerContext[object, object]) -> NoReturn:
+    async def abort(self, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
         """Ends the call that `context` serves with this error."""
         await context.abort(self.code, self.message, self.trailers())
         raise AssertionError("abort returned")

@@ -33,10 +33,10 @@ class Services:
         await self._group.__aenter__()
         return self
 
-    async def __aexit__(self, *exc: Any) -> bool | None:
+    async def __aexit__(self, *exc: Any) -> None:
         for task in self._tasks:
             task.cancel()
-        return await self._group.__aexit__(*exc)
+        await self._group.__aexit__(*exc)
 
     def start(self, name: str, service: Coroutine[Any, Any, object]) -> None:
         self._tasks.append(self._group.create_task(_forever(name, service), name=name))

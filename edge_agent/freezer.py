@@ -1,0 +1,55 @@
+"""Freezing a jail for more than one reason at a time.
+
+Always true: the jail is frozen while at least one reason holds, and thawed when none does. Reasons are the
+capture of its files, and the node's doubt that it still is the owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from edge_agent.jail.api import Jail, JailGone
+
+
+class Freezer:
+    def __init__(self) -> None:
+        self._jail: Jail | None = None
+        self._reasons: set[str] = set()
+        self._is_frozen = False
+        self._lock = asyncio.Lock()
+
+    def attach(self, jail: Jail) -> None:
+        self._jail, self._is_frozen = jail, False
+
+    def detach(self) -> None:
+        self._jail = None
+
+    async def hold(self, reason: str) -> None:
+        self._reasons.add(reason)
+        await self._apply()
+
+    async def drop(self, reason: str) -> None:
+        self._reasons.discard(reason)
+        await self._apply()
+
+    @asynccontextmanager
+    async def frozen(self, reason: str) -> AsyncIterator[None]:
+        """Raises JailGone if there is nothing left to freeze."""
+        try:
+            await self.hold(reason)
+            yield
+        finally:
+            with suppress(JailGone):
+                await self.drop(reason)
+
+    async def _apply(self) -> None:
+        async with self._lock:
+            if self._jail is None or bool(self._reasons) == self._is_frozen:
+                return
+            if self._reasons:
+                await self._jail.freeze()
+            else:
+                await self._jail.thaw()
+            self._is_frozen = bool(self._reasons)

@@ -1,0 +1,371 @@
+"""One instance on this node: it wakes, takes turns one after another, commits each, and sleeps.
+
+Always true:
+- Turns are serial, and a turn once begun goes on to its end even if its client leaves.
+- A reply is marked committed only after the commit transaction succeeded; a turn whose id is in the
+  committed manifest is not run again: its recorded reply is returned.
+- A turn that fails, or whose commit has no certain outcome, leaves no process behind: the next one starts
+  from what the coordinator says is committed. So a half-done turn can't leak into a later one.
+- Once evicted, an instance never runs again under this object.
+
+How it can fail: the process dies (JailGone), the agent misbehaves (an error of `edge_agent.turns`), the
+files can't be put back (RESTORE_INCOMPLETE: it refuses, and starts nothing), the coordinator is out of
+reach (TURN_NOT_COMMITTED, after a deadline), another node is the owner now (EPOCH_STALE).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from edge_agent.control import Agent, CommittedState, ControlPlane
+from edge_agent.freezer import Freezer
+from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec
+from edge_agent.jail.python import python_argv
+from edge_agent.records import NodeRecord, Records
+from edge_agent.reservations import Reservations
+from edge_agent.state.store import StateStore
+from edge_agent.turns import Deltas, Turn, run_turn, wait_ready
+from protos.v1 import common_pb2
+from shared.errors import Reason, Remedy, RoostError
+from shared.identity import InstanceKey
+from shared.lifecycle import retry_until
+from shared.manifest import StateManifest
+
+log = logging.getLogger(__name__)
+
+FETCH_SECONDS = 5.0
+COMMIT_SECONDS = 10.0
+_ATTEMPT_SECONDS = 2.0  # so that an eviction is noticed soon
+TELL_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asleep:
+    """No process. `told`: the coordinator knows, and counts its room as free."""
+
+    told: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """Its process runs, and its files are what `manifest` says (between turns)."""
+
+    jail: Jail
+    agent: Agent
+    manifest: StateManifest
+    resumed_from: common_pb2.ResumedFrom.ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Another node may own it."""
+
+    why: str
+
+
+State = Asleep | Live | Lost
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A committed turn."""
+
+    reply: str
+    receipt: common_pb2.Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an instance works with; the same for all of a node."""
+
+    node: str
+    jails: Jails
+    state: StateStore
+    records: Records
+    control: ControlPlane
+    reservations: Reservations
+    clock: Callable[[], float]
+
+
+class Instance:
+    def __init__(self, key: InstanceKey, epoch: int, jail_id: str, parts: Parts) -> None:
+        self.key = key
+        self.epoch = epoch
+        self.jail_id = jail_id
+        self.state: State = Asleep(told=True)
+        self.idle_since = parts.clock()
+        self.attached = 0  # clients' streams
+        self.freezer = Freezer()
+        self._parts = parts
+        self._lock = asyncio.Lock()
+        self._evicted: str | None = None  # why
+        self._jail: Jail | None = None  # of the state Live, and of the way there
+
+    def __repr__(self) -> str:
+        return f"<Instance {self.key} epoch {self.epoch} {type(self.state).__name__.lower()}>"
+
+    @property
+    def forgettable(self) -> bool:
+        """Nothing here that the records do not say."""
+        return self.state == Asleep(told=True) and not self.attached and not self.busy
+
+    @property
+    def busy(self) -> bool:
+        return self._lock.locked()
+
+    @property
+    def version(self) -> int:
+        """The last committed version that this node knows; 0 if none."""
+        if isinstance(self.state, Live):
+            return self.state.manifest.version
+        record = self._parts.records.get(self.jail_id)
+        return record.version if record else 0
+
+    # --- turns -------------------------------------------------------------------------------
+
+    async def turn(self, turn: Turn, deltas: Deltas) -> Done:
+        """Runs a turn and commits it, or finds it committed. RoostError if its state change did not happen
+        (or, for TURN_NOT_COMMITTED, may or may not have: sending it again tells)."""
+        async with self._lock:
+            try:
+                return await self._turn(turn, deltas)
+            except JailGone as gone:
+                await self._sleep()
+                raise self._eviction() or RoostError(
+                    Reason.AGENT_CRASHED, f"the agent ended between turns, twice: {gone}"
+                ) from gone
+            except RoostError as error:
+                if error.reason is Reason.EPOCH_STALE and self._evicted is None:
+                    self._evicted = error.message
+                await self._sleep()
+                raise self._eviction() or error from error
+            except BaseException:
+                await self._sleep()
+                raise
+            finally:
+                self.idle_since = self._parts.clock()
+
+    async def _turn(self, turn: Turn, deltas: Deltas) -> Done:
+        for _ in range(2):  # an agent that ended between turns is started again, once
+            self._check_owner()
+            match self.state:
+                case Live() as live:
+                    resumed_from = common_pb2.LIVE
+                case _:
+                    committed = await self._parts.control.fetch(self.key, self.epoch, FETCH_SECONDS)
+                    manifest = await self._parts.state.load(self.key, committed.version, committed.root)
+                    if done := self._replay(manifest, turn, common_pb2.DISK):
+                        return done
+                    live = await self._start(committed, manifest)
+                    resumed_from = live.resumed_from
+            if done := self._replay(live.manifest, turn, resumed_from):
+                return done
+            self._parts.records.set_busy(self.jail_id)
+            try:
+                reply = await run_turn(live.jail, turn, deltas, live.agent.policy.run.turn_timeout)
+            except JailGone:
+                await self._sleep()
+                continue
+            return await self._commit(live, turn, reply, resumed_from)
+        raise RoostError(Reason.AGENT_CRASHED, "the agent ends whenever it has nothing to do")
+
+    def _replay(
+        self, manifest: StateManifest, turn: Turn, resumed_from: common_pb2.ResumedFrom.ValueType
+    ) -> Done | None:
+        recorded = manifest.turn(turn.id)
+        if recorded is None:
+            return None
+        if recorded.reply is None:
+            raise RoostError(
+                Reason.TURN_REPLY_GONE,
+                f"turn {turn.id} was applied, but its reply is no longer kept",
+                "send new messages under new turn ids",
+            )
+        receipt = self._receipt(manifest.version, resumed_from, manifest.version)
+        receipt.replayed = True
+        return Done(recorded.reply, receipt)
+
+    def _receipt(
+        self, version: int, resumed_from: common_pb2.ResumedFrom.ValueType, resumed_version: int
+    ) -> common_pb2.Receipt:
+        return common_pb2.Receipt(
+            node=self._parts.node,
+            epoch=self.epoch,
+            version=version,
+            resumed_from=resumed_from,
+            resumed_version=resumed_version,
+        )
+
+    # --- commit ------------------------------------------------------------------------------
+
+    async def _commit(
+        self, live: Live, turn: Turn, reply: str, resumed_from: common_pb2.ResumedFrom.ValueType
+    ) -> Done:
+        async with self.freezer.frozen("capture"):
+            captured = await self._parts.state.capture(self.jail_id, live.jail.files)
+        base = live.manifest
+        manifest = replace(
+            base, epoch=self.epoch, version=base.version + 1, nodes=captured.nodes
+        ).with_turn(turn.id, reply)
+        deadline = asyncio.get_running_loop().time() + COMMIT_SECONDS
+        try:
+            root = await self._until(
+                deadline, lambda left: self._parts.state.upload(captured, manifest, left)
+            )
+            await self._until(
+                deadline,
+                lambda left: self._parts.control.commit(
+                    self.key, self.epoch, manifest.version, root, turn.id, left
+                ),
+            )
+        except RoostError as error:
+            if error.reason is Reason.EPOCH_STALE:
+                raise
+            raise RoostError(
+                Reason.TURN_NOT_COMMITTED,
+                f"the turn was run but could not be committed: {error.message}",
+                "send it again under the same id: it is applied once",
+            ) from error
+        self._record(live.agent, manifest, root, captured.index)
+        self.state = replace(live, manifest=manifest)
+        return Done(reply, self._receipt(manifest.version, resumed_from, base.version))
+
+    async def _until(self, deadline: float, attempt: Callable[[float], Awaitable[str | None]]) -> str:
+        result = await retry_until(
+            deadline,
+            lambda left: attempt(min(left, _ATTEMPT_SECONDS)),
+            lambda e: isinstance(e, RoostError) and e.remedy is Remedy.RETRY and not self._evicted,
+        )
+        return str(result)
+
+    def _record(self, agent: Agent, manifest: StateManifest, root: str, index: bytes) -> None:
+        self._parts.records.put(
+            NodeRecord(self.jail_id, self.key, self.epoch, manifest.version, root, agent, False, index)
+        )
+
+    # --- waking and sleeping -----------------------------------------------------------------
+
+    async def _start(self, committed: CommittedState, manifest: StateManifest) -> Live:
+        agent, parts = committed.agent, self._parts
+        policy = agent.policy
+        parts.reservations.claim(self.key, policy.need, parts.clock())
+        await parts.state.prepare_bundle(agent.version, agent.bundle_root)
+        jail = await parts.jails.make(
+            JailSpec(
+                jail_id=self.jail_id,
+                bundle=agent.version,
+                argv=python_argv(policy.run.entry),
+                limits=policy.need,
+            )
+        )
+        self._jail = jail
+        try:
+            self.freezer.attach(jail)
+            known = parts.records.get(self.jail_id)
+            index = await parts.state.restore(jail.files, manifest, known.index if known else None)
+            self._record(agent, manifest, committed.root, index)
+            self._check_owner()
+            await jail.start()
+            await wait_ready(jail, policy.run.start_timeout)
+        except BaseException:
+            self._jail = None
+            self.freezer.detach()
+            await jail.kill()
+            raise
+        if committed.version == 0:
+            resumed_from = common_pb2.NEW
+        elif known and known.index and known.version == committed.version:
+            resumed_from = common_pb2.DISK
+        else:
+            resumed_from = common_pb2.BLOBS
+        self.state = live = Live(jail, agent, manifest, resumed_from)
+        return live
+
+    async def adopt(self, jail: Jail, record: NodeRecord) -> None:
+        """Goes on with a jail that an earlier daemon of this node started and left between turns.
+
+        No need to ask what is committed: only this node can have committed in this epoch, and it was not
+        at it. If the epoch is over, the coordinator says so when the node registers.
+        """
+        manifest = await self._parts.state.load(self.key, record.version, record.root)
+        self._parts.reservations.claim(self.key, record.agent.policy.need, self._parts.clock())
+        self._jail = jail
+        self.freezer.attach(jail)
+        self.state = Live(jail, record.agent, manifest, common_pb2.LIVE)
+
+    async def _sleep(self) -> None:
+        """Ends the process, if any; what is not committed is gone."""
+        match self.state:
+            case Live(jail):
+                self.state = Asleep(told=False)
+                self._jail = None
+                self.freezer.detach()
+                await jail.kill()
+            case Asleep():
+                self.state = Asleep(told=False)
+            case Lost():
+                pass
+            case _:
+                assert_never(self.state)
+        self._parts.reservations.release(self.key)
+
+    async def hibernate_if_idle(self, now: float) -> bool:
+        """Ends the process if nobody has talked to it for the policy's idle_timeout."""
+        live = self.state
+        if (
+            self.busy
+            or not isinstance(live, Live)
+            or now - self.idle_since < live.agent.policy.run.idle_timeout
+        ):
+            return False
+        async with self._lock:
+            await self._sleep()
+        return True
+
+    async def tell(self) -> None:
+        """Tells the coordinator that the instance sleeps, if it does not know yet."""
+        if self.busy or self.state != Asleep(told=False):
+            return
+        async with self._lock:
+            try:
+                await self._parts.control.hibernated(self.key, self.epoch, TELL_SECONDS)
+            except RoostError as error:
+                if error.reason is not Reason.EPOCH_STALE:
+                    raise
+                self._evicted = error.message
+            self.state = Asleep(told=True)
+
+    # --- ownership ---------------------------------------------------------------------------
+
+    async def evict(self, why: str) -> None:
+        """Ends it for good, in the middle of a turn if need be, and removes its files from this node."""
+        self._evicted = why
+        if self._jail is not None:
+            await self._jail.kill()
+        async with self._lock:
+            await self._sleep()
+            self.state = Lost(why)
+            self._parts.records.delete(self.jail_id)
+            await self._parts.jails.discard(self.jail_id)
+
+    @property
+    def evicted(self) -> str | None:
+        """Why it may not run here any more, if so."""
+        return self._evicted
+
+    def _eviction(self) -> RoostError | None:
+        if self._evicted is None:
+            return None
+        return RoostError(
+            Reason.EPOCH_STALE,
+            f"node {self._parts.node} does not own {self.key} any more: {self._evicted}",
+            "resolve again, and send the turn again under the same id",
+        )
+
+    def _check_owner(self) -> None:
+        if eviction := self._eviction():
+            raise eviction

@@ -1,0 +1,58 @@
+"""The node's last word on room: what is promised to whom, decided at one place, atomically.
+
+Always true: the sum of what is kept never exceeds the node's capacity, as `shared.resources.fits` sees it,
+and an instance is counted once. A promise that nobody claims runs out by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shared.errors import Reason, RoostError
+from shared.identity import InstanceKey
+from shared.resources import Resources, fits
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    need: Resources
+    until: float  # monotonic seconds; inf for an instance that runs
+
+
+class Reservations:
+    def __init__(self, node: str, capacity: Resources) -> None:
+        self.capacity = capacity
+        self._node = node
+        self._kept: dict[InstanceKey, _Kept] = {}
+
+    def reserve(self, key: InstanceKey, need: Resources, now: float, hold: float) -> None:
+        """Keeps room for `hold` seconds. NODE_FULL if there is none. Repeating it renews it."""
+        self._keep(key, _Kept(need, now + hold), now)
+
+    def claim(self, key: InstanceKey, need: Resources, now: float) -> None:
+        """Keeps room until `release`. NODE_FULL if there is none; always succeeds on what is reserved."""
+        self._keep(key, _Kept(need, math.inf), now)
+
+    def release(self, key: InstanceKey) -> None:
+        self._kept.pop(key, None)
+
+    def total(self, now: float) -> Resources:
+        self._expire(now)
+        return sum((kept.need for kept in self._kept.values()), Resources())
+
+    def _keep(self, key: InstanceKey, wanted: _Kept, now: float) -> None:
+        mine = self._kept.get(key)
+        others = self.total(now) - (mine.need if mine and mine.until > now else Resources())
+        if not fits(wanted.need, others, self.capacity):
+            raise RoostError(
+                Reason.NODE_FULL,
+                f"node {self._node} has no room for {key}: it needs {wanted.need}; "
+                f"{others} of {self.capacity} are taken",
+                "resolve again without this node, or give it more capacity",
+            )
+        until = max(wanted.until, mine.until) if mine else wanted.until
+        self._kept[key] = _Kept(wanted.need, until)
+
+    def _expire(self, now: float) -> None:
+        self._kept = {key: kept for key, kept in self._kept.items() if kept.until > now}

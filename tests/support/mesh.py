@@ -1,0 +1,165 @@
+"""A whole mesh of real parts for system tests: etcd, coordinators, nodes with jails. Root only."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protos.v1 import admin_pb2, admin_pb2_grpc
+from roost.client import AsyncClient
+from shared import rpc
+from tests.support.etcd import Etcd, free_ports, running_etcd
+from tests.support.eventually import eventually
+from tests.support.process import Process
+
+AGENTS = Path(__file__).parent / "agents"
+TTL = 3.0  # seconds; short, yet long enough for two busy cores
+
+_uid_ranges = itertools.count(2_000_200_000, 65_536)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    name: str
+    role: str = "edge"
+    site: str = "lab"
+    position: tuple[float, float] | None = None
+    memory: str = "1G"
+    coordinators: tuple[int, ...] = ()  # indices; empty: all, in order
+
+
+NORTH = NodeSpec("edge-north", site="north", position=(59.9, 10.8))
+SOUTH = NodeSpec("edge-south", site="south", position=(41.4, 2.2))
+CLOUD = NodeSpec("cloud-1", role="cloud", site="cloud", position=(50.1, 8.7))
+
+
+@dataclass
+class Mesh:
+    directory: Path
+    etcd: Etcd
+    coordinators: list[Process] = field(default_factory=list)
+    nodes: dict[str, Process] = field(default_factory=dict)
+    addresses: list[str] = field(default_factory=list)  # of the coordinators
+
+    def client(self, position: tuple[float, float] | None = None) -> AsyncClient:
+        return AsyncClient(self.addresses, position=position)
+
+    def data_dir(self, node: str) -> Path:
+        return self.directory / node
+
+    async def status(self) -> admin_pb2.StatusReply:
+        for address in self.addresses:
+            async with rpc.channel(address) as channel:
+                stub = admin_pb2_grpc.AdminStub(channel)
+                try:
+                    return await stub.Status(admin_pb2.StatusRequest(), timeout=2.0)
+                except Exception:
+                    if address == self.addresses[-1]:
+                        raise
+        raise AssertionError("a mesh without coordinators")
+
+    async def node_state(self, name: str) -> str:
+        return next((n.state for n in (await self.status()).nodes if n.node.id == name), "absent")
+
+    async def instance(self, agent: str, user: str) -> admin_pb2.InstanceStatus | None:
+        for instance in (await self.status()).instances:
+            if (instance.key.agent, instance.key.user) == (agent, user):
+                return instance
+        return None
+
+    async def wait_up(self, *names: str, timeout: float = 20.0) -> None:
+        async def all_up() -> bool:
+            try:
+                return all([await self.node_state(name) == "up" for name in names])
+            except Exception:
+                return False
+
+        try:
+            await eventually(all_up, timeout, f"nodes {names} up")
+        except AssertionError as error:
+            logs = "\n".join(p.log()[-1500:] for p in (*self.coordinators, *self.nodes.values()))
+            raise AssertionError(f"{error}\n{logs}") from error
+
+    async def deploy(self, directory: Path, **replacements: str) -> None:
+        """Deploys a copy of an agent; each `old=new` in `replacements` is changed in its agent.toml."""
+        from roost.deploy import deploy  # the CLI's own way
+
+        copy = self.directory / "agents" / directory.name
+        shutil.copytree(directory, copy, dirs_exist_ok=True)
+        toml = copy / "agent.toml"
+        text = toml.read_text()
+        for key, value in replacements.items():
+            lines = [f"{key} = {value}" if line.startswith(f"{key} ") else line for line in text.splitlines()]
+            text = "\n".join(lines) + "\n"
+        toml.write_text(text)
+        await deploy(copy, self.addresses, tenant="default")
+
+
+@asynccontextmanager
+async def running_mesh(
+    directory: Path, nodes: Sequence[NodeSpec] = (NORTH, SOUTH, CLOUD), coordinators: int = 1, ttl: float = TTL
+) -> AsyncIterator[Mesh]:
+    """All of it, up. Whatever happens, nothing of it is left when the block ends."""
+    (directory / "etcd").mkdir(parents=True)
+    async with running_etcd(directory / "etcd") as etcd:
+        mesh = Mesh(directory, etcd)
+        try:
+            for i, port in enumerate(free_ports(coordinators)):
+                mesh.addresses.append(f"127.0.0.1:{port}")
+                mesh.coordinators.append(_coordinator(mesh, i, ttl))
+                await mesh.coordinators[-1].start()
+            for spec in nodes:
+                mesh.nodes[spec.name] = node(mesh, spec)
+                await mesh.nodes[spec.name].start()
+            await mesh.wait_up(*mesh.nodes)
+            yield mesh
+        finally:
+            for process in (*mesh.nodes.values(), *mesh.coordinators):
+                if process.running:
+                    await process.stop()
+
+
+def _coordinator(mesh: Mesh, index: int, ttl: float) -> Process:
+    config = mesh.directory / f"coordinator-{index}.toml"
+    config.write_text(f"""
+id = "c{index}"
+listen = "{mesh.addresses[index]}"
+etcd = ["{mesh.etcd.endpoint}"]
+blobs = "file://{mesh.directory}/blobs"
+heartbeat = "{ttl / 6:.2f}s"
+node_ttl = "{ttl}s"
+lease_ttl = "{ttl}s"
+""")
+    return Process("coordinator", ["--config", str(config)], mesh.directory / f"coordinator-{index}.log")
+
+
+def node(mesh: Mesh, spec: NodeSpec) -> Process:
+    """A node's process, not yet started."""
+    addresses = [mesh.addresses[i] for i in spec.coordinators] or mesh.addresses
+    config = mesh.directory / f"{spec.name}.toml"
+    position = ""
+    if spec.position:
+        position = f"[position]\nlatitude = {spec.position[0]}\nlongitude = {spec.position[1]}\n"
+    config.write_text(f"""
+node = "{spec.name}"
+site = "{spec.site}"
+role = "{spec.role}"
+listen = "127.0.0.1:0"
+coordinators = [{", ".join(f'"{a}"' for a in addresses)}]
+data_dir = "{mesh.data_dir(spec.name)}"
+mdns = false
+{position}
+[capacity]
+memory = "{spec.memory}"
+cpu = 8.0
+pids = 1000
+
+[jailer]
+uid_base = {next(_uid_ranges)}
+stop_grace = "15s"
+""")
+    return Process("edge_agent", ["--config", str(config)], mesh.directory / f"{spec.name}.log")
