@@ -19,7 +19,7 @@ from edge_agent.discovery import Discovery
 from edge_agent.instance import Parts
 from edge_agent.jail.client import JailerClient
 from edge_agent.link import Link
-from edge_agent.records import Records, boot_id
+from edge_agent.records import Records
 from edge_agent.reservations import Reservations
 from edge_agent.state.store import StateStore
 from edge_agent.supervisor import Supervisor
@@ -28,6 +28,7 @@ from protos.v1 import attach_pb2, attach_pb2_grpc, common_pb2
 from shared import rpc
 from shared.lifecycle import Services, notify, wait_for_stop
 from shared.reconcile import ReconcileLoop
+from shared.resources import Resources
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,11 @@ async def run(config: EdgeConfig, jailer: socket.socket) -> None:
     stop = asyncio.Event()
     server = rpc.server()
     bound = rpc.bind(server, config.listen)
-    info = _node_info(config, config.advertise or bound)
-    records = Records(config.data_dir / "daemon" / "records.db", boot_id())
+    capacity = Resources(
+        config.capacity.memory, round(config.capacity.cpu * 1000), config.capacity.pids
+    )
+    info = _node_info(config, config.advertise or bound, capacity)
+    records = Records(config.data_dir / "daemon" / "records.db")
     discovery = Discovery(config.node, config.site, bound, info.address)
     tenure = Tenure()
     link = Link(config.node, config.coordinators, tenure)
@@ -53,14 +57,14 @@ async def run(config: EdgeConfig, jailer: socket.socket) -> None:
             state=StateStore.at(config.data_dir, link.channel),
             records=records,
             control=link,
-            reservations=Reservations(config.node, config.resources),
+            reservations=Reservations(config.node, capacity),
             clock=time.monotonic,
         )
         supervisor = Supervisor(info, parts, tenure, lambda: [peer.node for peer in discovery.peers])
         await supervisor.adopt()
         _add_services(server, AttachServicer(config.node, supervisor, lambda: link.ticket_keys))
         await server.start()
-        log.info("node %s serves at %s with room for %s", config.node, bound, config.resources)
+        log.info("node %s serves at %s with room for %s", config.node, bound, capacity)
         notify("READY=1")
         try:
             async with Services() as services:
@@ -82,7 +86,7 @@ async def _loop(name: str, one_pass: Callable[[], Awaitable[None]], period: floa
     await ReconcileLoop(name, one_pass, period).run()
 
 
-def _node_info(config: EdgeConfig, address: str) -> common_pb2.NodeInfo:
+def _node_info(config: EdgeConfig, address: str, capacity: Resources) -> common_pb2.NodeInfo:
     position = config.position
     return common_pb2.NodeInfo(
         id=config.node,
@@ -92,7 +96,7 @@ def _node_info(config: EdgeConfig, address: str) -> common_pb2.NodeInfo:
         position=common_pb2.Position(latitude=position.latitude, longitude=position.longitude)
         if position
         else None,
-        capacity=config.resources.to_proto(),
+        capacity=capacity.to_proto(),
         api_version=rpc.API_VERSION,
         started_id=uuid.uuid4().hex,
     )

@@ -19,7 +19,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from edge_agent.control import Agent, CommittedState, ControlPlane
 from edge_agent.freezer import Freezer
@@ -27,6 +27,7 @@ from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec
 from edge_agent.jail.python import python_argv
 from edge_agent.records import NodeRecord, Records
 from edge_agent.reservations import Reservations
+from edge_agent.state.index import Index
 from edge_agent.state.store import StateStore
 from edge_agent.turns import Deltas, Turn, run_turn, wait_ready
 from protos.v1 import common_pb2
@@ -57,6 +58,7 @@ class Live:
     jail: Jail
     agent: Agent
     manifest: StateManifest
+    index: Index | None
     resumed_from: common_pb2.ResumedFrom.ValueType
 
 
@@ -68,6 +70,8 @@ class Lost:
 
 
 State = Asleep | Live | Lost
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,16 +210,14 @@ class Instance:
         self, live: Live, turn: Turn, reply: str, resumed_from: common_pb2.ResumedFrom.ValueType
     ) -> Done:
         async with self.freezer.frozen("capture"):
-            captured = await self._parts.state.capture(self.jail_id, live.jail.files)
+            captured = await self._parts.state.capture(live.jail.files, live.index)
         base = live.manifest
-        manifest = replace(
-            base, epoch=self.epoch, version=base.version + 1, nodes=captured.nodes
-        ).with_turn(turn.id, reply)
+        manifest = replace(base, epoch=self.epoch, version=base.version + 1, nodes=captured.nodes).with_turn(
+            turn.id, reply
+        )
         deadline = asyncio.get_running_loop().time() + COMMIT_SECONDS
         try:
-            root = await self._until(
-                deadline, lambda left: self._parts.state.upload(captured, manifest, left)
-            )
+            root, index = await self._until(deadline, lambda _: self._parts.state.upload(captured, manifest))
             await self._until(
                 deadline,
                 lambda left: self._parts.control.commit(
@@ -230,19 +232,18 @@ class Instance:
                 f"the turn was run but could not be committed: {error.message}",
                 "send it again under the same id: it is applied once",
             ) from error
-        self._record(live.agent, manifest, root, captured.index)
-        self.state = replace(live, manifest=manifest)
+        self._record(live.agent, manifest, root, index)
+        self.state = replace(live, manifest=manifest, index=index)
         return Done(reply, self._receipt(manifest.version, resumed_from, base.version))
 
-    async def _until(self, deadline: float, attempt: Callable[[float], Awaitable[str | None]]) -> str:
-        result = await retry_until(
+    async def _until(self, deadline: float, attempt: Callable[[float], Awaitable[T]]) -> T:
+        return await retry_until(
             deadline,
             lambda left: attempt(min(left, _ATTEMPT_SECONDS)),
             lambda e: isinstance(e, RoostError) and e.remedy is Remedy.RETRY and not self._evicted,
         )
-        return str(result)
 
-    def _record(self, agent: Agent, manifest: StateManifest, root: str, index: bytes) -> None:
+    def _record(self, agent: Agent, manifest: StateManifest, root: str, index: Index | None) -> None:
         self._parts.records.put(
             NodeRecord(self.jail_id, self.key, self.epoch, manifest.version, root, agent, False, index)
         )
@@ -253,7 +254,7 @@ class Instance:
         agent, parts = committed.agent, self._parts
         policy = agent.policy
         parts.reservations.claim(self.key, policy.need, parts.clock())
-        await parts.state.prepare_bundle(agent.version, agent.bundle_root)
+        await parts.state.bundles.ensure(agent.version, agent.bundle_root)
         jail = await parts.jails.make(
             JailSpec(
                 jail_id=self.jail_id,
@@ -282,7 +283,7 @@ class Instance:
             resumed_from = common_pb2.DISK
         else:
             resumed_from = common_pb2.BLOBS
-        self.state = live = Live(jail, agent, manifest, resumed_from)
+        self.state = live = Live(jail, agent, manifest, index, resumed_from)
         return live
 
     async def adopt(self, jail: Jail, record: NodeRecord) -> None:
@@ -295,7 +296,7 @@ class Instance:
         self._parts.reservations.claim(self.key, record.agent.policy.need, self._parts.clock())
         self._jail = jail
         self.freezer.attach(jail)
-        self.state = Live(jail, record.agent, manifest, common_pb2.LIVE)
+        self.state = Live(jail, record.agent, manifest, record.index, common_pb2.LIVE)
 
     async def _sleep(self) -> None:
         """Ends the process, if any; what is not committed is gone."""

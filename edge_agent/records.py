@@ -5,7 +5,7 @@ files in the jail's directory were just that when it was written, unless `busy`:
 and the directory may be anything. Rows are hints for speed; the coordinator's record is the truth.
 
 How it can fail: after a power cut the files may be older than the row says (nothing here is synced, since
-no process of a jail outlives the kernel either). So an index counts only within the boot that wrote it.
+no process of a jail outlives the kernel either). An index knows the boot that it holds in.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.control import Agent
+from edge_agent.state.index import Index
 from shared.identity import InstanceKey
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS instances (
   jail_id TEXT PRIMARY KEY, key TEXT NOT NULL, epoch INTEGER NOT NULL, version INTEGER NOT NULL,
   root TEXT NOT NULL, agent_version TEXT NOT NULL, policy_toml TEXT NOT NULL, bundle_root TEXT NOT NULL,
-  busy INTEGER NOT NULL, boot TEXT NOT NULL, idx BLOB
+  busy INTEGER NOT NULL, idx TEXT
 ) STRICT, WITHOUT ROWID
 """
 
@@ -35,18 +36,13 @@ class NodeRecord:
     root: str
     agent: Agent
     busy: bool
-    index: bytes | None  # of the files on disk; None: not known
-
-
-def boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    index: Index | None  # of the files on disk; None: not known
 
 
 class Records:
     """Calls take well under a millisecond and are made directly from the event loop."""
 
-    def __init__(self, path: Path, boot: str) -> None:
-        self._boot = boot
+    def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=OFF")
@@ -64,7 +60,7 @@ class Records:
 
     def put(self, record: NodeRecord) -> None:
         self._db.execute(
-            "INSERT OR REPLACE INTO instances VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO instances VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 record.jail_id,
                 str(record.key),
@@ -75,8 +71,7 @@ class Records:
                 record.agent.policy_toml,
                 record.agent.bundle_root,
                 record.busy,
-                self._boot,
-                record.index,
+                record.index.to_json() if record.index else None,
             ),
         )
 
@@ -87,10 +82,8 @@ class Records:
     def delete(self, jail_id: str) -> None:
         self._db.execute("DELETE FROM instances WHERE jail_id = ?", (jail_id,))
 
-    def _record(
-        self, row: tuple[str, str, int, int, str, str, str, str, int, str, bytes | None]
-    ) -> NodeRecord:
-        jail_id, key, epoch, version, root, agent_version, policy_toml, bundle_root, busy, boot, index = row
+    def _record(self, row: tuple[str, str, int, int, str, str, str, str, int, str | None]) -> NodeRecord:
+        jail_id, key, epoch, version, root, agent_version, policy_toml, bundle_root, busy, index = row
         return NodeRecord(
             jail_id,
             InstanceKey.parse(key),
@@ -99,5 +92,5 @@ class Records:
             root,
             Agent.of(agent_version, policy_toml, bundle_root),
             bool(busy),
-            index if boot == self._boot else None,
+            Index.from_json(index) if index else None,
         )

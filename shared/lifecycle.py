@@ -8,9 +8,11 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ServiceEnded(RuntimeError):
@@ -71,8 +73,8 @@ def notify(state: str) -> None:
 
 
 async def retry_until(
-    deadline: float, attempt: Callable[[float], Awaitable[Any]], retriable: Callable[[Exception], bool]
-) -> Any:
+    deadline: float, attempt: Callable[[float], Awaitable[T]], retriable: Callable[[Exception], bool]
+) -> T:
     """Calls `attempt(seconds left)` until it succeeds; backs off 50 ms, doubling to 1 s.
 
     `deadline` is on the running loop's clock; the last error is raised when it has passed.

@@ -101,7 +101,10 @@ class Mesh:
 
 @asynccontextmanager
 async def running_mesh(
-    directory: Path, nodes: Sequence[NodeSpec] = (NORTH, SOUTH, CLOUD), coordinators: int = 1, ttl: float = TTL
+    directory: Path,
+    nodes: Sequence[NodeSpec] = (NORTH, SOUTH, CLOUD),
+    coordinators: int = 1,
+    ttl: float = TTL,
 ) -> AsyncIterator[Mesh]:
     """All of it, up. Whatever happens, nothing of it is left when the block ends."""
     (directory / "etcd").mkdir(parents=True)

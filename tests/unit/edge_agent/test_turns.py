@@ -1,0 +1,110 @@
+"""The exchange with an agent that may say anything, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from edge_agent.jail.api import Exit, JailGone
+from edge_agent.turns import Deltas, Turn, run_turn, wait_ready
+from shared.errors import Reason, RoostError
+
+TURN = Turn("t1", "ana", "hi")
+
+
+class ScriptedJail:
+    """Says what it was given to say, then ends as told, or stays silent."""
+
+    def __init__(self, *says: dict[str, Any] | bytes, ends: Exit | None = None) -> None:
+        self.heard: list[dict[str, Any]] = []
+        self._says = [s if isinstance(s, bytes) else json.dumps(s).encode() for s in says]
+        self._ends = ends
+
+    async def send(self, message: bytes) -> None:
+        self.heard.append(json.loads(message))
+
+    async def receive(self) -> bytes:
+        if self._says:
+            return self._says.pop(0)
+        if self._ends:
+            raise JailGone(self._ends)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def reply_of(jail: ScriptedJail, deltas: Deltas | None = None, timeout: float = 5.0) -> str:
+    return await run_turn(jail, TURN, deltas or Deltas(), timeout)  # type: ignore[arg-type]
+
+
+async def test_deltas_then_the_reply() -> None:
+    deltas = Deltas()
+    jail = ScriptedJail(
+        {"kind": "delta", "id": "t1", "text": "hel"},
+        {"kind": "delta", "id": "t1", "text": "lo"},
+        {"kind": "reply", "id": "t1", "text": "hello"},
+    )
+    assert await reply_of(jail, deltas) == "hello"
+    assert jail.heard == [{"kind": "turn", "id": "t1", "user": "ana", "message": "hi"}]
+    assert await deltas.next() == "hello"
+    deltas.close()
+    assert await deltas.next() is None
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        ({"kind": "error", "id": "t1", "message": "ValueError: no"}, Reason.TURN_FAILED),
+        ({"kind": "reply", "id": "t1", "text": "x" * (1 << 20) + "y"}, Reason.TURN_FAILED),
+        ({"kind": "delta", "id": "t1", "text": "x" * (1 << 20) + "y"}, Reason.TURN_FAILED),
+        ({"kind": "reply", "id": "t0", "text": "late"}, Reason.AGENT_CRASHED),
+        ({"kind": "reply", "id": "t1", "text": 5}, Reason.AGENT_CRASHED),
+        ({"kind": "what", "id": "t1"}, Reason.AGENT_CRASHED),
+        (b"\xff\xfe", Reason.AGENT_CRASHED),
+        (b"[1]", Reason.AGENT_CRASHED),
+    ],
+)
+async def test_whatever_it_says_the_error_has_a_name_and_a_hint(
+    says: dict[str, Any] | bytes, reason: Reason
+) -> None:
+    with pytest.raises(RoostError) as caught:
+        await reply_of(ScriptedJail(says))
+    assert caught.value.reason is reason
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("exit", "reason", "words"),
+    [
+        (Exit(1, False, "Traceback\nKeyError: 'x'\n"), Reason.AGENT_CRASHED, "exited with code 1"),
+        (Exit(-11, False), Reason.AGENT_CRASHED, "killed by signal 11"),
+        (Exit(-9, True), Reason.AGENT_OUT_OF_MEMORY, "ran out of memory"),
+    ],
+)
+async def test_a_crash_says_how(exit: Exit, reason: Reason, words: str) -> None:
+    with pytest.raises(RoostError, match=words) as caught:
+        await reply_of(ScriptedJail(ends=exit))
+    assert caught.value.reason is reason
+    if exit.stderr_tail:
+        assert "KeyError: 'x'" in caught.value.hint
+
+
+async def test_silence_ends_at_the_timeout() -> None:
+    with pytest.raises(RoostError) as caught:
+        await reply_of(ScriptedJail(), timeout=0.01)
+    assert caught.value.reason is Reason.TURN_TIMEOUT
+
+
+async def test_not_ready() -> None:
+    for jail, words in (
+        (
+            ScriptedJail(ends=Exit(3, False, "ImportError: no module x")),
+            "exited with code 3 while it started",
+        ),
+        (ScriptedJail(), "was not ready within"),
+    ):
+        with pytest.raises(RoostError, match=words) as caught:
+            await wait_ready(jail, 0.01)  # type: ignore[arg-type]
+        assert caught.value.reason is Reason.AGENT_START_FAILED
