@@ -1,0 +1,106 @@
+"""The client for programs without an event loop: the async one, run on a loop of its own in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
+from typing import Any, TypeVar
+
+from roost._async import TURN_TIMEOUT, AsyncChat, AsyncClient
+from roost._types import Event, Reply
+
+T = TypeVar("T")
+
+_CANCEL_TIMEOUT = 5.0  # seconds for an interrupted call to clean up
+
+
+class Client:
+    """As `AsyncClient`, without async. Close it, or use it in a `with` block."""
+
+    def __init__(
+        self,
+        coordinators: Sequence[str] | None = None,
+        tenant: str = "default",
+        position: tuple[float, float] | None = None,
+    ) -> None:
+        self._client = AsyncClient(coordinators, tenant, position)
+        self._loop = _LoopThread()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._loop.run(self._client.close())
+        self._loop.stop()
+
+    def attach(self, agent: str, user: str) -> Chat:
+        return Chat(self._client.attach(agent, user), self._loop)
+
+
+class Chat:
+    """As `AsyncChat`, without async."""
+
+    def __init__(self, chat: AsyncChat, loop: _LoopThread) -> None:
+        self._chat = chat
+        self._loop = loop
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._loop.run(self._chat.close())
+
+    def send(self, message: str, turn_id: str | None = None, timeout: float = TURN_TIMEOUT) -> Reply:
+        return self._loop.run(self._chat.send(message, turn_id, timeout))
+
+    def stream(
+        self, message: str, turn_id: str | None = None, timeout: float = TURN_TIMEOUT
+    ) -> Generator[Event, None, None]:
+        events = self._chat.stream(message, turn_id, timeout)
+        try:
+            while (event := self._loop.run(_next(events))) is not None:
+                yield event
+        finally:
+            self._loop.run(events.aclose())
+
+
+async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
+    return await anext(events, None)
+
+
+class _LoopThread:
+    """An event loop in a daemon thread. An interrupt of the caller cancels what it waits for."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="roost-client", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        finished = threading.Event()
+
+        async def tracked() -> T:
+            try:
+                return await coroutine
+            finally:
+                finished.set()
+
+        future = asyncio.run_coroutine_threadsafe(tracked(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            if future.cancel():  # the caller was interrupted, and the coroutine still runs
+                finished.wait(_CANCEL_TIMEOUT)
+            raise
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
