@@ -1,0 +1,107 @@
+"""What is known of the files that lie on this disk: which content each had when it looked a certain way.
+
+What must hold: if `knows` says that an entry has certain chunks, its content is those chunks. Three things
+could break that, and each is met:
+- A write within the clock tick of the last one leaves the times as they are (git's "racily clean"). So
+  what was changed less than SETTLED before it was looked at is noted as racy, and read again next time.
+- A write through a shared mapping changes the times only when it makes a clean page dirty. So a file is
+  written back before it is read (`write_back`), which makes its pages clean: any later write shows.
+- A power cut may keep the times and lose the bytes. So an index only holds in the boot that made it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from edge_agent.state.files import Entry, Kind
+
+SETTLED_NS = 20_000_000  # twice the coarsest tick that kernels stamp files by (10 ms, at 100 Hz)
+
+_FORMAT = 1
+_WAIT_BEFORE, _WRITE = 1, 2  # SYNC_FILE_RANGE_*
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """How a file looked when it had this content."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    chunks: tuple[str, ...]
+    racy: bool
+
+    @classmethod
+    def of(cls, entry: Entry, chunks: tuple[str, ...], racy: bool) -> Known:
+        return cls(entry.size, entry.mtime_ns, entry.ctime_ns, entry.inode, chunks, racy)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Of one tree. `uploaded`: the blob store is known to have all these chunks."""
+
+    boot: str
+    uploaded: bool
+    files: dict[str, Known] = field(default_factory=dict)
+
+    def knows(self, entry: Entry) -> tuple[str, ...] | None:
+        """The chunks of this file, or None: it must be read."""
+        known = self.files.get(entry.path)
+        if known is None or entry.kind is not Kind.FILE or known.racy or self.boot != boot_id():
+            return None
+        same = (known.size, known.mtime_ns, known.ctime_ns, known.inode) == (
+            entry.size,
+            entry.mtime_ns,
+            entry.ctime_ns,
+            entry.inode,
+        )
+        return known.chunks if same else None
+
+    def to_json(self) -> str:
+        files = {
+            path: [k.size, k.mtime_ns, k.ctime_ns, k.inode, list(k.chunks), k.racy]
+            for path, k in self.files.items()
+        }
+        return json.dumps(
+            {"format": _FORMAT, "boot": self.boot, "uploaded": self.uploaded, "files": files},
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Index | None:
+        """None for what is no index, or another format's: then every file is read again."""
+        try:
+            table = json.loads(text)
+            if table["format"] != _FORMAT:
+                return None
+            files = {
+                path: Known(size, mtime_ns, ctime_ns, inode, tuple(chunks), racy)
+                for path, (size, mtime_ns, ctime_ns, inode, chunks, racy) in table["files"].items()
+            }
+            return cls(table["boot"], table["uploaded"], files)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+@cache
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def write_back(fd: int) -> None:
+    """Starts writing the file's dirty pages, without waiting for the disk: that alone makes them clean.
+
+    It waits only for a writing that had begun before, as its pages may have been dirtied again since.
+    """
+    if _sync_file_range(fd, 0, 0, _WAIT_BEFORE | _WRITE) != 0:
+        os.fdatasync(fd)  # a file system without it
+
+
+_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
