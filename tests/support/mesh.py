@@ -9,9 +9,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protos.v1 import admin_pb2, admin_pb2_grpc
+import psutil
+
+from protos.v1 import admin_pb2, admin_pb2_grpc, common_pb2, resolver_pb2, resolver_pb2_grpc
+from roost.cli.deploy import _deploy, check
 from roost.client import AsyncClient
 from shared import rpc
+from shared.bundle import pack
 from tests.support.etcd import Etcd, free_ports, running_etcd
 from tests.support.eventually import eventually
 from tests.support.process import Process
@@ -71,6 +75,28 @@ class Mesh:
                 return instance
         return None
 
+    async def drain(self, node: str, undo: bool = False) -> None:
+        async with rpc.channel(self.addresses[0]) as channel:
+            await admin_pb2_grpc.AdminStub(channel).Drain(
+                admin_pb2.DrainRequest(node=node, undo=undo), timeout=5.0
+            )
+
+    async def take_away(self, agent: str, user: str) -> None:
+        """Gives the instance to another node, as if a client had said that its owner does not answer."""
+        instance = await self.instance(agent, user)
+        assert instance is not None
+        request = resolver_pb2.ResolveRequest(key=instance.key, exclude=[instance.node])
+        async with rpc.channel(self.addresses[0]) as channel:
+            reply = await resolver_pb2_grpc.ResolverStub(channel).Resolve(request, timeout=5.0)
+        assert reply.epoch == instance.epoch + 1, reply
+
+    def daemon(self, node: str) -> psutil.Process:
+        """The node's daemon: the process beside the jailer that is in no jail."""
+        for process in self.nodes[node].tree():
+            if "edge_agent.daemon" in process.cmdline():
+                return process
+        raise AssertionError(f"node {node} has no daemon:\n{self.nodes[node].log()[-2000:]}")
+
     async def wait_up(self, *names: str, timeout: float = 20.0) -> None:
         async def all_up() -> bool:
             try:
@@ -86,8 +112,6 @@ class Mesh:
 
     async def deploy(self, directory: Path, **replacements: str) -> None:
         """Deploys a copy of an agent; each `old=new` in `replacements` is changed in its agent.toml."""
-        from roost.deploy import deploy  # the CLI's own way
-
         copy = self.directory / "agents" / directory.name
         shutil.copytree(directory, copy, dirs_exist_ok=True)
         toml = copy / "agent.toml"
@@ -96,7 +120,12 @@ class Mesh:
             lines = [f"{key} = {value}" if line.startswith(f"{key} ") else line for line in text.splitlines()]
             text = "\n".join(lines) + "\n"
         toml.write_text(text)
-        await deploy(copy, self.addresses, tenant="default")
+        policy_toml, policy = check(copy)
+        bundle = pack(copy)
+        spec = common_pb2.AgentSpec(
+            tenant="default", name=policy.agent.name, policy_toml=policy_toml, bundle_root=bundle.root
+        )
+        await _deploy(self.addresses, spec, bundle)
 
 
 @asynccontextmanager
