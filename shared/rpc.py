@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import grpc.aio
 
 API_VERSION = "v1"
@@ -32,8 +35,9 @@ def channel(address: str) -> grpc.aio.Channel:
     )
 
 
-def server() -> grpc.aio.Server:
+def server(interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()) -> grpc.aio.Server:
     return grpc.aio.server(
+        interceptors=interceptors,
         options=[
             *_COMMON,
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

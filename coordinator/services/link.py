@@ -1,0 +1,121 @@
+"""Link: for nodes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from coordinator.links import LinkSession
+from coordinator.ownership import Ownership
+from coordinator.registry import Registry, Timing
+from coordinator.resolving import Resolving
+from coordinator.tickets import Tickets
+from protos.v1 import link_pb2, link_pb2_grpc
+from shared.errors import Reason, RoostError
+from shared.identity import NAME_RULE, InstanceKey, is_name
+
+_FIRST_MESSAGE_TIMEOUT = 5.0  # seconds
+_LONGEST_NAME = 256  # characters of a root or of a turn's id
+
+
+class LinkServicer(link_pb2_grpc.LinkServicer):
+    def __init__(
+        self,
+        registry: Registry,
+        ownership: Ownership,
+        resolving: Resolving,
+        tickets: Tickets,
+        timing: Timing,
+    ) -> None:
+        self._registry = registry
+        self._ownership = ownership
+        self._resolving = resolving
+        self._tickets = tickets
+        self._timing = timing
+
+    async def Open(  # type: ignore[override]  # grpc.aio's other way to stream: it writes to the context
+        self, request_iterator: AsyncIterator[link_pb2.LinkUp], context: Any
+    ) -> None:
+        session, evictions = await self._registry.register(await _registration(request_iterator))
+        try:
+            await context.write(link_pb2.LinkDown(welcome=self._welcome(evictions)))
+            await self._serve(session, request_iterator, context)
+        finally:
+            self._registry.closed(session)
+
+    async def Fetch(self, request: link_pb2.FetchRequest, context: Any) -> link_pb2.FetchReply:
+        node, key = _node(request.node), InstanceKey.from_proto(request.key)
+        agent = await self._resolving.agent(key)
+        record = (await self._ownership.wake(key, node, request.epoch, agent.version)).value
+        return link_pb2.FetchReply(version=record.version, root=record.root, agent=agent.to_proto())
+
+    async def Commit(self, request: link_pb2.CommitRequest, context: Any) -> link_pb2.CommitReply:
+        node, key = _node(request.node), InstanceKey.from_proto(request.key)
+        for what, text in (("root", request.root), ("turn_id", request.turn_id)):
+            if not 0 < len(text) <= _LONGEST_NAME:
+                raise RoostError(
+                    Reason.BAD_REQUEST,
+                    f"a commit's {what} must have 1 to {_LONGEST_NAME} characters, not {len(text)}",
+                )
+        if request.version < 1:
+            raise RoostError(Reason.BAD_REQUEST, "a commit's version must be 1 or more")
+        await self._ownership.commit(node, key, request.epoch, request.version, request.root, request.turn_id)
+        return link_pb2.CommitReply()
+
+    async def Hibernated(self, request: link_pb2.HibernatedRequest, context: Any) -> link_pb2.HibernatedReply:
+        key = InstanceKey.from_proto(request.key)
+        await self._ownership.hibernate(_node(request.node), key, request.epoch)
+        return link_pb2.HibernatedReply()
+
+    def _welcome(self, evictions: list[link_pb2.Evict]) -> link_pb2.Welcome:
+        return link_pb2.Welcome(
+            coordinator=self._registry.me,
+            heartbeat_ms=round(self._timing.heartbeat * 1000),
+            ttl_ms=round(self._timing.ttl * 1000),
+            ticket_keys=self._tickets.public_keys,
+            evict=evictions,
+        )
+
+    async def _serve(
+        self, session: LinkSession, messages: AsyncIterator[link_pb2.LinkUp], context: Any
+    ) -> None:
+        """Until the node goes, or the session is ended here. The first of them to fail ends the stream."""
+        node = session.info.id
+        reading = asyncio.create_task(self._read(session, messages), name=f"read the link of {node}")
+        writing = asyncio.create_task(self._write(session, context), name=f"write the link of {node}")
+        parts = (session.ended, reading, writing)
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(reading, writing, return_exceptions=True)
+        for part in parts:
+            if part in done:
+                part.result()
+
+    async def _read(self, session: LinkSession, messages: AsyncIterator[link_pb2.LinkUp]) -> None:
+        async for message in messages:
+            self._registry.hear(session, message)
+
+    async def _write(self, session: LinkSession, context: Any) -> None:
+        while True:
+            await context.write(await session.next_to_send())
+
+
+async def _registration(messages: AsyncIterator[link_pb2.LinkUp]) -> link_pb2.Register:
+    try:
+        async with asyncio.timeout(_FIRST_MESSAGE_TIMEOUT):
+            first = await anext(messages, None)
+    except TimeoutError:
+        first = None
+    if first is None or first.WhichOneof("kind") != "register":
+        raise RoostError(Reason.BAD_REQUEST, "a link must start with a registration, at once")
+    return first.register
+
+
+def _node(name: str) -> str:
+    if not is_name(name):
+        raise RoostError(Reason.BAD_REQUEST, f"{name!r} is no node name", NAME_RULE)
+    return name
