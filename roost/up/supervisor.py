@@ -1,0 +1,157 @@
+"""Starts processes stage by stage, tells of those that end by themselves, and stops all in reverse order.
+
+Invariant: when `stop` has returned, every process that `start` made, and every process of its group, is gone.
+Each waits for a deadline at most. Should this process itself be killed, its children get SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from roost.up.layout import Process
+from roost.up.processes import die_with_parent, started_at, tail
+from roost.up.record import ProcessRecord
+from shared.errors import Reason, RoostError
+
+_PROBE_PERIOD = 0.1
+_KILL_TIMEOUT = 5.0
+_TAIL_LINES = 15
+
+Probe = Callable[[Process], Awaitable[bool]]
+Report = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class _Child:
+    spec: Process
+    process: asyncio.subprocess.Process
+    started: int
+    watch: asyncio.Task[None] | None = None
+
+
+class Supervisor:
+    """`probe` says whether a process serves; `report` tells a person, in a line, what ended."""
+
+    def __init__(
+        self,
+        processes: Sequence[Process],
+        probe: Probe,
+        report: Report,
+        start_timeout: float = 30.0,
+        stop_timeout: float = 15.0,
+    ) -> None:
+        self._specs = processes
+        self._probe = probe
+        self._report = report
+        self._start_timeout = start_timeout
+        self._stop_timeout = stop_timeout
+        self._children: list[_Child] = []
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Returns when all serve. RoostError with the end of the log of one that does not in time."""
+        ordered = sorted(self._specs, key=lambda spec: spec.stage)
+        for _, stage in itertools.groupby(ordered, key=lambda spec: spec.stage):
+            begun = [await self._spawn(spec) for spec in stage]
+            await asyncio.gather(*(self._wait_serving(child) for child in begun))
+        for child in self._children:
+            child.watch = asyncio.create_task(self._watch(child), name=f"watch {child.spec.name}")
+
+    async def stop(self) -> None:
+        self._stopping = True
+        by_stage = sorted(self._children, key=lambda child: -child.spec.stage)
+        for _, stage in itertools.groupby(by_stage, key=lambda child: child.spec.stage):
+            await asyncio.gather(*(self._end(child) for child in stage))
+        for child in self._children:
+            if child.watch is not None:
+                await child.watch
+
+    def records(self) -> tuple[ProcessRecord, ...]:
+        return tuple(
+            ProcessRecord(
+                child.spec.name,
+                child.process.pid,
+                child.started,
+                child.spec.address,
+                str(child.spec.log),
+            )
+            for child in self._children
+        )
+
+    async def _spawn(self, spec: Process) -> _Child:
+        for directory in spec.directories:
+            directory.mkdir(parents=True, exist_ok=True)
+        for path, text in spec.files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        spec.log.parent.mkdir(parents=True, exist_ok=True)
+        if spec.log.exists():  # that of the run before is kept
+            os.replace(spec.log, spec.log.with_suffix(".log.old"))
+        with spec.log.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *spec.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **spec.env},
+                process_group=0,  # a Ctrl-C at the terminal is for `roost up`, which stops them in order
+                preexec_fn=die_with_parent(),
+            )
+        child = _Child(spec, process, started_at(process.pid) or 0)
+        self._children.append(child)
+        return child
+
+    async def _wait_serving(self, child: _Child) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._start_timeout
+        while not await self._probe(child.spec):
+            if child.process.returncode is not None:
+                raise _failed(child.spec, f"{child.spec.name} {_ended(child.process.returncode)}")
+            if loop.time() >= deadline:
+                raise _failed(child.spec, f"{child.spec.name} does not serve after {self._start_timeout:g} s")
+            await asyncio.sleep(_PROBE_PERIOD)
+
+    async def _watch(self, child: _Child) -> None:
+        code = await child.process.wait()
+        _kill_group(child.process.pid)  # at once: later, the number might be another group's
+        if not self._stopping:
+            self._report(f"{child.spec.name} {_ended(code)}; the others go on. Its log: {child.spec.log}")
+
+    async def _end(self, child: _Child) -> None:
+        if child.process.returncode is None:
+            child.process.terminate()
+        for timeout in (self._stop_timeout, _KILL_TIMEOUT):
+            try:
+                async with asyncio.timeout(timeout):
+                    await child.process.wait()
+            except TimeoutError:
+                _kill_group(child.process.pid)
+            else:
+                break
+        if child.watch is None:  # otherwise the watch sees to it, or has done so long ago
+            _kill_group(child.process.pid)
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _ended(code: int) -> str:
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _failed(spec: Process, message: str) -> RoostError:
+    lines = tail(spec.log, _TAIL_LINES)
+    return RoostError(
+        Reason.INTERNAL, message, "\n  ".join([f"its log, {spec.log}, ends with:", *(lines or ["(nothing)"])])
+    )
