@@ -1,0 +1,64 @@
+"""Puts the jailer together, and runs it."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import logging
+import os
+import time
+
+from edge_agent.jail import cgroups
+from edge_agent.jail.config import JailerConfig
+from edge_agent.jail.daemon_process import DaemonStarterAsRoot
+from edge_agent.jail.directories import Directories
+from edge_agent.jail.jailer import Jailer
+from edge_agent.jail.loop import Loop
+from edge_agent.jail.protocol import Refused
+from edge_agent.jail.roots import System
+
+log = logging.getLogger(__name__)
+
+_LOCK_SECONDS = 10.0
+
+
+def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
+    """Until SIGTERM or SIGINT. Refused if it can't start."""
+    if os.geteuid() != 0:
+        raise Refused("edge_agent makes jails, for which it must be root", "start it with sudo or systemd")
+    os.umask(0o022)
+    directories = Directories(config)
+    try:
+        lock = _lock(config)
+        trash = directories.prepare()
+        groups = cgroups.detect(config.data_dir)
+        groups.sweep()
+    except OSError as error:
+        raise Refused(f"the node can't prepare its directories and control groups: {error}") from error
+    system = System.survey()
+    starter = DaemonStarterAsRoot(config, system, daemon_argv)
+    jailer = Jailer(config, system, groups, directories, starter, Loop())
+    gc.freeze()  # less memory to copy in each fork
+    try:
+        jailer.run(trash)
+    finally:
+        groups.close()
+        os.close(lock)
+
+
+def _lock(config: JailerConfig) -> int:
+    """One node a data directory. A predecessor's children may hold it for a moment after its death."""
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    fd = os.open(config.data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise Refused(
+                    f"another node runs on {config.data_dir}",
+                    "stop it, or give this one a data_dir of its own",
+                ) from None
+            time.sleep(0.05)

@@ -1,0 +1,82 @@
+"""The seam to control groups: limits, freezing and accounting of one jail.
+
+Real: `v1` (one tree a controller) and `v2` (one tree). A jail's group holds its init and has the limits; its
+subgroup `agent` holds everything that the agent runs, so that freezing it leaves init to serve files.
+Only the jailer calls these, as root. Methods raise OSError for what the kernel refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from edge_agent.jail.protocol import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    memory_bytes: int
+    cpu_seconds: float
+    pids: int
+
+
+class Cgroups(Protocol):
+    """The groups of one node's jails, all under one parent whose name belongs to the node's data."""
+
+    def sweep(self) -> None:
+        """Kills whatever a predecessor left in its groups, removes them, and makes the parent ready."""
+        ...
+
+    def create(self, jail_id: str, limits: Limits) -> None: ...
+
+    def clone_into(self, jail_id: str) -> int | None:
+        """A directory to start init in (v2, the caller closes it), or None: init joins by itself."""
+        ...
+
+    def join(self, jail_id: str) -> None:
+        """Moves the calling process into the jail's group, unless it was started there."""
+        ...
+
+    def open_agent(self, jail_id: str) -> tuple[int, ...]:
+        """Descriptors through which a process moves itself into `agent` by writing 0 to each. They work for
+        an unprivileged process because the kernel checks who opened them."""
+        ...
+
+    def freeze(self, jail_id: str) -> None: ...
+
+    def frozen(self, jail_id: str) -> bool:
+        """Has a `freeze` stopped all? Call it until it says so."""
+        ...
+
+    def thaw(self, jail_id: str) -> None: ...
+
+    def kill(self, jail_id: str) -> None:
+        """SIGKILL to every process in the jail, frozen or not."""
+        ...
+
+    def usage(self, jail_id: str) -> Usage: ...
+
+    def oom_kills(self, jail_id: str) -> int:
+        """How often the kernel killed a process of the jail for its memory limit."""
+        ...
+
+    def remove(self, jail_id: str) -> bool:
+        """Removes the jail's groups. False: something still ends in there, try again. None there is fine."""
+        ...
+
+    def close(self) -> None:
+        """Removes the parent, if it is empty."""
+        ...
+
+
+def kill_members(group: Path) -> None:
+    """SIGKILL to every process that is in `group` itself. No such group is fine."""
+    with suppress(FileNotFoundError):
+        for pid in map(int, (group / "cgroup.procs").read_text().split()):
+            if pid > 0:  # 0 stands for one that lives outside of our pid namespace
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,72 @@
+"""The file operations that a jail's init does for the daemon: see `edge_agent.jail.remote_files`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from edge_agent.jail import entries
+from edge_agent.jail.wire import Body
+from edge_agent.state.tree import Tree, TreeTooLarge
+
+Answer = tuple[Body, tuple[int, ...]]
+
+
+class FileServer:
+    """Answers requests on one tree. Every request gets one answer with "ok" or "error"; `scan` sends its
+    entries before that, in "part"s."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+
+    def forget_writes(self) -> None:
+        """Drops unfinished writes: whoever began them is gone."""
+        self._tree.close()
+
+    def answer(self, request: Body) -> Iterator[Answer]:
+        try:
+            yield from self._answer(request)
+        except FileNotFoundError as error:
+            yield _error("missing", f"{error.filename or request.get('path')}: not there")
+        except TreeTooLarge as error:
+            yield _error("too_large", str(error))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield _error("failed", f"a request that makes no sense: {error!r}")
+        except OSError as error:
+            what = os.strerror(error.errno or 0)
+            yield _error("failed", f"{request.get('do')} in the jail's state: {what}")
+
+    def _answer(self, request: Body) -> Iterator[Answer]:
+        tree = self._tree
+        match request["do"]:
+            case "scan":
+                for page in entries.pages(tree.scan()):
+                    yield {"part": page}, ()
+                yield _ok()
+            case "open_read":
+                yield {"ok": {}}, (tree.open_read(request["path"]),)
+            case "open_write":
+                yield {"ok": {}}, (tree.open_write(request["path"]),)
+            case "commit_write":
+                entry = tree.commit_write(entries.from_list(request["entry"]))
+                yield _ok(entry=entries.to_list(entry))
+            case "make_dir":
+                tree.make_dir(entries.from_list(request["entry"]))
+                yield _ok()
+            case "make_link":
+                tree.make_link(entries.from_list(request["entry"]))
+                yield _ok()
+            case "remove":
+                tree.remove(request["path"])
+                yield _ok()
+            case other:
+                raise ValueError(f"there is no request {other!r}")
+
+
+def _ok(**values: Any) -> Answer:
+    return {"ok": values}, ()
+
+
+def _error(kind: str, message: str) -> Answer:
+    return {"error": {"kind": kind, "message": message, "hint": ""}}, ()

@@ -1,0 +1,315 @@
+"""A root filesystem as a list of operations: data that can be printed, and carried out in order.
+
+Whoever carries a plan out is real root, in a mount namespace of its own, before it gives up anything. What
+must hold: after `PivotRoot` nothing of the old root can be reached. A refusal by the kernel becomes
+PlanFailed, which names the operation and says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edge_agent.jail import kernel
+from edge_agent.jail.protocol import Refused
+
+
+class Operation(Protocol):
+    def describe(self) -> str: ...
+
+    def execute(self) -> None:
+        """OSError if the kernel refuses."""
+        ...
+
+
+class PlanFailed(Refused):
+    """An operation that the kernel refused."""
+
+    def __init__(self, operation: Operation, error: OSError) -> None:
+        number = error.errno or 0
+        super().__init__(
+            f"{operation.describe()}: {os.strerror(number)} ({errno.errorcode.get(number, number)})",
+            _HINTS.get(number, "see the node's log; is it the newest kernel of this system?"),
+        )
+
+
+_HINTS = {
+    errno.EPERM: "the node needs all of root's capabilities: start a container with --privileged, "
+    "and a unit without CapabilityBoundingSet",
+    errno.EACCES: "a security module (AppArmor, SELinux) may forbid it: see the kernel's log",
+    errno.ENOENT: "something that this operation names is missing on this machine",
+    errno.ENOSPC: "a limit of the kernel is reached: raise fs.mount-max and user.max_*_namespaces",
+    errno.ENOSYS: "Linux 5.12 or later is needed",
+    errno.EINVAL: "Linux 5.12 or later is needed, with a root filesystem that is no initramfs",
+    errno.ELOOP: "a symlink is in a place where the node allows none",
+}
+
+
+def carry_out(plan: Sequence[Operation], progress: Callable[[int], None] = lambda index: None) -> None:
+    """Executes the operations in order; tells `progress` the index of each before it begins."""
+    for index, operation in enumerate(plan):
+        progress(index)
+        try:
+            operation.execute()
+        except OSError as error:
+            raise PlanFailed(operation, error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Do:
+    """A step that is more than the mount tree, such as leaving a namespace."""
+
+    what: str
+    action: Callable[[], object]
+
+    def describe(self) -> str:
+        return self.what
+
+    def execute(self) -> None:
+        self.action()
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateMounts:
+    """From here on no mount goes in or out of this namespace."""
+
+    def describe(self) -> str:
+        return "make all mounts private"
+
+    def execute(self) -> None:
+        kernel.mount("none", "/", kernel.MS_REC | kernel.MS_PRIVATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Tmpfs:
+    """`size` in bytes. Devices work only where `devices`."""
+
+    target: str
+    size: int
+    mode: int = 0o755
+    devices: bool = False
+
+    def describe(self) -> str:
+        return f"mount a tmpfs of {self.size >> 10} KiB at {self.target}"
+
+    def execute(self) -> None:
+        os.makedirs(self.target, 0o755, exist_ok=True)
+        flags = kernel.MS_NOSUID | (0 if self.devices else kernel.MS_NODEV)
+        kernel.mount("tmpfs", self.target, flags, f"size={self.size},mode={self.mode:o}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A copy of what is mounted at `source` and below. Never with setuid programs or devices."""
+
+    source: str
+    target: str
+    read_only: bool = True
+
+    def describe(self) -> str:
+        return f"bind {self.source} {'read-only' if self.read_only else 'read-write'} at {self.target}"
+
+    def execute(self) -> None:
+        _attach(kernel.clone_tree(self.source), self.target, self.read_only)
+
+
+@dataclass(frozen=True, slots=True)
+class BindBeneath:
+    """As Bind, of the directory `path` under `root`, reached without any symlink: for names that the daemon
+    chose and directories that it may write to."""
+
+    root: str
+    path: str
+    target: str
+    read_only: bool = True
+
+    def describe(self) -> str:
+        how = "read-only" if self.read_only else "read-write"
+        return f"bind {self.path} of {self.root} {how} at {self.target}"
+
+    def execute(self) -> None:
+        root = os.open(self.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            directory = kernel.open_beneath(root, self.path, os.O_PATH | os.O_DIRECTORY)
+        finally:
+            os.close(root)
+        try:
+            tree = kernel.clone_tree_of(directory)
+        finally:
+            os.close(directory)
+        _attach(tree, self.target, self.read_only)
+
+
+def _attach(tree: int, target: str, read_only: bool) -> None:
+    try:
+        _make_mount_point(tree, target)
+        attributes = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
+        kernel.set_mount_attributes(tree, attributes | (kernel.ATTR_RDONLY if read_only else 0))
+        kernel.attach_tree(tree, target)
+    finally:
+        os.close(tree)
+
+
+def _make_mount_point(tree: int, target: str) -> None:
+    if stat.S_ISDIR(os.fstat(tree).st_mode):
+        os.makedirs(target, 0o755, exist_ok=True)
+        return
+    os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+    if not os.path.lexists(target):
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+
+
+@dataclass(frozen=True, slots=True)
+class Proc:
+    """The processes of the new pid namespace; of those, a user sees its own."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"mount proc at {self.target}"
+
+    def execute(self) -> None:
+        os.makedirs(self.target, 0o755, exist_ok=True)
+        flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+        kernel.mount("proc", self.target, flags, "hidepid=2")
+
+
+@dataclass(frozen=True, slots=True)
+class Hide:
+    """Covers `target`, if this kernel has it, with the empty file or the empty directory."""
+
+    target: str
+    empty_file: str
+    empty_dir: str
+
+    def describe(self) -> str:
+        return f"hide {self.target}"
+
+    def execute(self) -> None:
+        if os.path.lexists(self.target):
+            cover = self.empty_dir if os.path.isdir(self.target) else self.empty_file
+            _attach(kernel.clone_tree(cover), self.target, read_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOnly:
+    """Makes `target`, which is there or not, read-only with all below it."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"make {self.target} read-only"
+
+    def execute(self) -> None:
+        if os.path.lexists(self.target):
+            _attach(kernel.clone_tree(self.target), self.target, read_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    target: str
+    mode: int = 0o755
+
+    def describe(self) -> str:
+        return f"make directory {self.target}"
+
+    def execute(self) -> None:
+        os.makedirs(self.target, self.mode, exist_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    target: str
+    text: str = ""
+
+    def describe(self) -> str:
+        return f"write {self.target}"
+
+    def execute(self) -> None:
+        os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
+        fd = os.open(self.target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+        with open(fd, "w") as file:
+            file.write(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    target: str
+    to: str
+
+    def describe(self) -> str:
+        return f"link {self.target} to {self.to}"
+
+    def execute(self) -> None:
+        os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
+        os.symlink(self.to, self.target)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A character device that anyone may use."""
+
+    target: str
+    major: int
+    minor: int
+
+    def describe(self) -> str:
+        return f"make device {self.target}"
+
+    def execute(self) -> None:
+        os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
+        os.mknod(self.target, 0o666 | stat.S_IFCHR, os.makedev(self.major, self.minor))
+        os.chmod(self.target, 0o666)
+
+
+@dataclass(frozen=True, slots=True)
+class PivotRoot:
+    """Makes `new` the root and lets go of the old one."""
+
+    new: str
+
+    def describe(self) -> str:
+        return f"make {self.new} the root"
+
+    def execute(self) -> None:
+        os.chdir(self.new)
+        kernel.pivot_root(".", ".")  # stacks the old root over the new one ...
+        kernel.detach(".")  # ... and this takes it off
+        os.chdir("/")
+
+
+@dataclass(frozen=True, slots=True)
+class SealRoot:
+    """Makes the root filesystem itself read-only; what is mounted on it stays as it is."""
+
+    def describe(self) -> str:
+        return "make the root read-only"
+
+    def execute(self) -> None:
+        flags = kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID
+        kernel.mount("tmpfs", "/", flags, "")
+
+
+@dataclass(frozen=True, slots=True)
+class LoopbackUp:
+    def describe(self) -> str:
+        return "bring the loopback interface up"
+
+    def execute(self) -> None:
+        kernel.loopback_up()
+
+
+@dataclass(frozen=True, slots=True)
+class HostName:
+    name: str
+
+    def describe(self) -> str:
+        return f"set the host name to {self.name}"
+
+    def execute(self) -> None:
+        socket.sethostname(self.name)

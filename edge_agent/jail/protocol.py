@@ -1,0 +1,186 @@
+"""What the daemon asks of the jailer, and what it hears back.
+
+    daemon -> jailer  {"id": n, "do": "make", ...the request's fields}
+    jailer -> daemon  {"id": n, "ok": {...}}                     descriptors beside it where said below
+                      {"id": n, "error": {"message", "hint"}}
+                      {"event": "exited", "jail_id", ...the Ended's fields}
+
+A jail's init is asked in the same way, over a socket of its own (`edge_agent.jail.init`). The jailer trusts
+the daemon in nothing: `decode` is the only way in, and it checks names, types and ranges. Stdlib only, for
+the jailer imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from shared import config
+
+_NAME = re.compile(r"[a-z0-9-]{1,64}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_MAX_ARGS, _MAX_ARGS_BYTES = 256, 64 << 10
+
+AGENT_ID = 1000  # uid and gid of the agent, as seen inside
+STDERR_TAIL = 4096  # bytes
+
+
+class Refused(Exception):
+    """A request that can't be done: why, and what to do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def body(self) -> dict[str, str]:
+        return {"message": self.message, "hint": self.hint}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Memory in bytes, CPU in thousandths of a core, a count of processes."""
+
+    memory_bytes: int
+    cpu_millis: int
+    pids: int
+
+    def __post_init__(self) -> None:
+        bounds = (
+            ("memory_bytes", self.memory_bytes, 1 << 20, 1 << 50),
+            ("cpu_millis", self.cpu_millis, 10, 1 << 20),
+            ("pids", self.pids, 1, 1 << 20),
+        )
+        for name, value, least, most in bounds:
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be between {least} and {most}, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Make:
+    """A new jail. Answered when its walls are up, with two descriptors: init's control socket and the
+    agent's turn socket."""
+
+    do: ClassVar[str] = "make"
+    jail_id: str
+    bundle: str
+    argv: tuple[str, ...]
+    env: tuple[str, ...]  # NAME=value
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        _check_name("bundle", self.bundle)
+        if not 1 <= len(self.argv) <= _MAX_ARGS or len(self.env) > _MAX_ARGS:
+            raise ValueError(f"argv must have 1 to {_MAX_ARGS} parts, and env at most {_MAX_ARGS}")
+        if sum(len(s) for s in (*self.argv, *self.env)) > _MAX_ARGS_BYTES:
+            raise ValueError(f"argv and env are more than {_MAX_ARGS_BYTES} characters")
+        if any("\0" in s for s in (*self.argv, *self.env)) or not self.argv[0].startswith("/"):
+            raise ValueError("argv must start with an absolute path, and hold no NUL")
+        for variable in self.env:
+            if not _VARIABLE.fullmatch(variable.partition("=")[0]) or "=" not in variable:
+                raise ValueError(f"env: {variable[:40]!r} is not NAME=value")
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """Ids of the jails that run: {"jail_ids": [...]}."""
+
+    do: ClassVar[str] = "list"
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """The two descriptors of a jail that runs, as after `Make`. An earlier daemon's control socket ends."""
+
+    do: ClassVar[str] = "attach"
+    jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Answered when the agent's processes have stopped."""
+
+    do: ClassVar[str] = "freeze"
+    jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thaw:
+    do: ClassVar[str] = "thaw"
+    jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """{"memory_bytes", "cpu_seconds", "pids"}."""
+
+    do: ClassVar[str] = "measure"
+    jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Answered with the fields of its Ended when nothing of it is left but its directory."""
+
+    do: ClassVar[str] = "kill"
+    jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Directories:
+    """Ids of jails with a directory, at most 1,000, in order, those after `after`: {"jail_ids": [...]}."""
+
+    do: ClassVar[str] = "directories"
+    after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Answered when the jail's directory is gone."""
+
+    do: ClassVar[str] = "discard"
+    jail_id: str
+
+
+OfJail = Attach | Freeze | Thaw | Measure | Kill
+Request = Make | List | OfJail | Directories | Discard
+_KINDS: dict[str, type[Any]] = {
+    kind.do: kind for kind in (Make, List, Attach, Freeze, Thaw, Measure, Kill, Directories, Discard)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a jail ended: exit code or -signal of the agent's process."""
+
+    code: int
+    out_of_memory: bool
+    stderr_tail: str = ""
+
+
+def encode(request: Request) -> dict[str, Any]:
+    return {"do": request.do, **dataclasses.asdict(request)}
+
+
+def decode(body: dict[str, Any]) -> Request:
+    """The request in `body` (without its id). Refused names what is wrong with it."""
+    fields = dict(body)
+    kind = _KINDS.get(str(fields.pop("do", "")))
+    if kind is None:
+        raise Refused(f"there is no request {body.get('do')!r}")
+    try:
+        request: Request = config.from_table(kind, fields, kind.do)
+        if hasattr(request, "jail_id"):
+            _check_name("jail_id", request.jail_id)
+    except config.ConfigError as error:
+        raise Refused(str(error)) from error
+    except ValueError as error:
+        raise Refused(f"{kind.do}: {error}") from error
+    return request
+
+
+def _check_name(what: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{what} {name[:80]!r}: use 1 to 64 of a-z, 0-9 and -")

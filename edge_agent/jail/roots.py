@@ -1,0 +1,176 @@
+"""The two roots that the jailer builds: a jail's and the daemon's. Pure: what is on the machine comes in as a
+`System`, a list of operations comes out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.jail import plan
+from edge_agent.jail.config import JailerConfig
+from edge_agent.jail.plan import Operation
+from edge_agent.jail.protocol import AGENT_ID, Make
+
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_OF_ETC = ("/etc/ld.so.cache", "/etc/ssl/certs", "/etc/pki/tls/certs", "/etc/pki/ca-trust/extracted")
+# Of the whole kernel, or with switches in it. None may be written to; those in the second list tell about
+# the machine, or about others on it, and are not even shown.
+_PROC_READ_ONLY = ("sys", "irq", "bus", "fs", "sysrq-trigger")
+_PROC_HIDDEN = (
+    "acpi",
+    "asound",
+    "kcore",
+    "keys",
+    "key-users",
+    "latency_stats",
+    "sched_debug",
+    "scsi",
+    "timer_list",
+)
+_DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9))
+_DEV_LINKS = (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2"))
+_ROOT_BYTES, _DAEMON_TMP_BYTES = 1 << 20, 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What of this machine and this program is shown inside. `links`: symlinks and where they lead, like
+    /lib of a merged /usr."""
+
+    directories: tuple[str, ...]
+    links: tuple[tuple[str, str], ...]
+    of_etc: tuple[str, ...]
+    localtime: str | None
+    resolver: str | None  # the directory outside of /etc that holds resolv.conf
+    prefix: str  # of the running interpreter; of a virtual environment, if it is one
+    base_prefix: str
+    sources: str  # the directory with this program's packages
+
+    @classmethod
+    def survey(cls) -> System:
+        present = [d for d in _SYSTEM if os.path.lexists(d)]
+        localtime = os.path.realpath("/etc/localtime")
+        resolver = os.path.dirname(os.path.realpath("/etc/resolv.conf"))
+        return cls(
+            directories=tuple(d for d in present if not os.path.islink(d)),
+            links=tuple((d, os.readlink(d)) for d in present if os.path.islink(d)),
+            of_etc=tuple(p for p in _OF_ETC if os.path.exists(p)),
+            localtime=localtime if localtime.startswith("/usr/") else None,
+            resolver=None if resolver == "/etc" or not os.path.isdir(resolver) else resolver,
+            prefix=os.path.realpath(sys.prefix),
+            base_prefix=os.path.realpath(sys.base_prefix),
+            sources=str(Path(__file__).resolve().parents[2]),
+        )
+
+
+def jail_plan(request: Make, system: System, config: JailerConfig) -> tuple[Operation, ...]:
+    """The root of one jail. Carried out by its init before it leaves the initial user namespace, to which
+    all these namespaces therefore belong: root inside has no power over any of them."""
+    new = str(config.new_root)
+    half = max(1 << 20, request.limits.memory_bytes // 2)  # counts against the jail's memory anyway
+    return (
+        plan.PrivateMounts(),
+        plan.Tmpfs(new, _ROOT_BYTES, devices=True),
+        *_system(new, system),
+        plan.Tmpfs(new + "/dev/shm", half, 0o1777),
+        plan.Tmpfs(new + "/tmp", half, 0o1777),
+        *_outside((system.base_prefix,), system, new),
+        *_etc(new, system),
+        *_dev(new),
+        *_proc(new),
+        plan.BindBeneath(str(config.jails_dir), f"{request.jail_id}/state", new + "/state", read_only=False),
+        plan.BindBeneath(str(config.bundles_dir), request.bundle, new + "/agent"),
+        plan.Bind(system.sources + "/roost/__init__.py", new + "/roost/roost/__init__.py"),
+        plan.Bind(system.sources + "/roost/agent.py", new + "/roost/roost/agent.py"),
+        plan.PivotRoot(new),
+        plan.SealRoot(),
+        plan.LoopbackUp(),
+        plan.HostName(request.jail_id[:63]),
+    )
+
+
+def daemon_plan(
+    system: System, config: JailerConfig, config_text: str, notify_socket: str | None
+) -> tuple[Operation, ...]:
+    """The root of the daemon: read-only but for its own data and /tmp. The machine's network and processes
+    stay in its sight, for it serves both."""
+    new = str(config.new_root)
+    programs = (system.prefix, system.base_prefix, system.sources)
+    return (
+        plan.PrivateMounts(),
+        plan.Tmpfs(new, _ROOT_BYTES, devices=True),
+        *_system(new, system),
+        plan.Bind("/etc", new + "/etc"),
+        plan.Tmpfs(new + "/dev/shm", _DAEMON_TMP_BYTES, 0o1777),
+        plan.Tmpfs(new + "/tmp", _DAEMON_TMP_BYTES, 0o1777),
+        *([plan.Bind(system.resolver, new + system.resolver)] if system.resolver else []),
+        *_outside(programs, system, new),
+        *_dev(new),
+        plan.Bind("/proc", new + "/proc"),
+        plan.Bind(str(config.daemon_dir), f"{new}{config.daemon_dir}", read_only=False),
+        plan.Bind(str(config.bundles_dir), f"{new}{config.bundles_dir}", read_only=False),
+        *([plan.Bind(notify_socket, new + notify_socket)] if notify_socket else []),
+        *_config_file(new, config, config_text),
+        plan.PivotRoot(new),
+        plan.SealRoot(),
+    )
+
+
+def _config_file(new: str, config: JailerConfig, text: str) -> tuple[Operation, ...]:
+    """A copy, as root's file may be readable by root alone; bound, as its directory may be read-only."""
+    copy = new + "/run/roost/edge.toml"
+    return (plan.File(copy, text), plan.Bind(copy, f"{new}{config.config_file}"))
+
+
+def _system(new: str, system: System) -> list[Operation]:
+    binds: list[Operation] = [plan.Bind(d, new + d) for d in system.directories]
+    return binds + [plan.Link(new + name, to) for name, to in system.links]
+
+
+def _outside(wanted: tuple[str, ...], system: System, new: str) -> list[Operation]:
+    """Binds of those directories that no other bind brings along."""
+    shown = list(system.directories)
+    binds: list[Operation] = []
+    for directory in sorted(set(wanted), key=len):
+        if not any(directory == s or directory.startswith(s + "/") for s in shown):
+            shown.append(directory)
+            binds.append(plan.Bind(directory, new + directory))
+    return binds
+
+
+def _etc(new: str, system: System) -> list[Operation]:
+    etc = new + "/etc"
+    operations: list[Operation] = [
+        plan.File(
+            etc + "/passwd",
+            f"root:x:0:0:root:/:/usr/sbin/nologin\nagent:x:{AGENT_ID}:{AGENT_ID}:agent:/state:/bin/sh\n",
+        ),
+        plan.File(etc + "/group", f"root:x:0:\nagent:x:{AGENT_ID}:\n"),
+        plan.File(etc + "/hosts", "127.0.0.1 localhost\n::1 localhost\n"),
+        plan.File(etc + "/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"),
+        plan.File(etc + "/resolv.conf"),
+    ]
+    operations += [plan.Bind(path, new + path) for path in system.of_etc]
+    if system.localtime:
+        operations.append(plan.Link(etc + "/localtime", system.localtime))
+    return operations
+
+
+def _dev(new: str) -> list[Operation]:
+    operations: list[Operation] = [plan.Device(f"{new}/dev/{name}", *numbers) for name, *numbers in _DEVICES]
+    return operations + [plan.Link(f"{new}/dev/{name}", "/proc/self/fd" + to) for name, to in _DEV_LINKS]
+
+
+def _proc(new: str) -> list[Operation]:
+    proc, empty = new + "/proc", new + "/run/empty"
+    operations: list[Operation] = [
+        plan.Proc(proc),
+        plan.File(empty + "/file"),
+        plan.Directory(empty + "/directory"),
+    ]
+    operations += [plan.ReadOnly(f"{proc}/{name}") for name in _PROC_READ_ONLY]
+    for name in _PROC_HIDDEN:
+        operations.append(plan.Hide(f"{proc}/{name}", empty + "/file", empty + "/directory"))
+    return operations

@@ -1,0 +1,157 @@
+"""A real jailer for tests, in directories of its own. Root only.
+
+async with running_jailer() as jailer:
+    jailer.bundle("v1", {"agent.py": "..."})
+    jail = await jailer.jails.make(spec("a", python("...")))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from edge_agent.jail.api import JailSpec
+from edge_agent.jail.cgroups import parent_name
+from edge_agent.jail.client import JailerClient
+from edge_agent.jail.python import base_interpreter
+from shared.resources import Resources
+from tests.support.eventually import eventually
+from tests.support.process import Process
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="jails need root")
+
+LIMITS = Resources(memory_bytes=128 << 20, cpu_millis=1000, pids=32)
+BUNDLE = "v1"
+_START_SECONDS = 15.0
+_uid_bases = itertools.count(1_900_000_000, 65_536)
+
+# What small agents of tests need to talk: recv() and send() of bytes, recv() None at the end.
+_TALK = """
+import os, socket, struct
+_node = socket.socket(fileno=3)
+def _exactly(n):
+    data = b""
+    while len(data) < n:
+        more = _node.recv(n - len(data))
+        if not more: raise SystemExit(0)
+        data += more
+    return data
+def recv(): return _exactly(struct.unpack(">I", _exactly(4))[0])
+def send(data): _node.sendall(struct.pack(">I", len(data)) + data)
+"""
+ECHO = "while True: send(recv())"
+
+
+def python(code: str) -> tuple[str, ...]:
+    """An agent of `code`, which may call recv() and send()."""
+    return (base_interpreter(), "-I", "-B", "-c", _TALK + code)
+
+
+def spec(jail_id: str, argv: tuple[str, ...], limits: Resources = LIMITS, **env: str) -> JailSpec:
+    return JailSpec(jail_id, BUNDLE, argv, env, limits)
+
+
+class RunningJailer:
+    """`jails` is the client; after the daemon was restarted, `reconnect` makes it a new one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.data_dir = directory / "data"
+        self.daemon_pid = 0
+        self.jails: JailerClient
+        self._config = directory / "edge.toml"
+        name = f"roost-test-{secrets.token_hex(8)}"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind("\0" + name)
+        self._listener.listen()
+        self._listener.setblocking(False)
+        argv = (str(self._config), sys.executable, "-m", "tests.support.jail_daemon", name)
+        self.process = Process("tests.support.run_jailer", argv, directory / "log")
+        self._config.write_text(
+            f'node = "test"\ndata_dir = "{self.data_dir}"\n'
+            f'[jailer]\nuid_base = {next(_uid_bases)}\nstop_grace = "5s"\n'
+        )
+
+    async def start(self) -> None:
+        await self.process.start()
+        await self.reconnect()
+        self.bundle(BUNDLE, {"hello.txt": "hello"})
+
+    async def reconnect(self) -> JailerClient:
+        """Waits for the (next) daemon, and takes its socket."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                connection, _ = await loop.sock_accept(self._listener)
+        except TimeoutError:
+            raise AssertionError(f"no daemon came:\n{self.log()[-3000:]}") from None
+        with connection:
+            connection.setblocking(True)
+            data, fds, _, _ = socket.recv_fds(connection, 64, 1, socket.MSG_CMSG_CLOEXEC)
+        self.daemon_pid = int(data)
+        self.jailer_socket = socket.socket(fileno=fds[0])
+        self.jails = JailerClient(self.jailer_socket)
+        return self.jails
+
+    def bundle(self, version: str, files: dict[str, str]) -> None:
+        directory = self.data_dir / "bundles" / version
+        for name, text in files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(text)
+
+    def log(self) -> str:
+        return self.process.log()
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def cgroups(self) -> list[Path]:
+        """The directories of jails in all control group trees."""
+        root, name = Path("/sys/fs/cgroup"), parent_name(self.data_dir)
+        parents = [*root.glob(f"*/{name}"), *root.glob(name)]
+        return [child for parent in parents for child in parent.iterdir() if child.is_dir()]
+
+    def inits(self) -> list[int]:
+        """The host's pids of the jails' inits: the jailer's children in another pid namespace."""
+        mine = os.readlink("/proc/self/ns/pid")
+        return [p.pid for p in self.process.tree()[1:] if _pid_namespace(p.pid) not in (None, mine)]
+
+    async def close(self) -> None:
+        if hasattr(self, "jails"):
+            self.jails.close()
+        self._listener.close()
+        if self.process.running:
+            await self.process.stop()
+
+
+def _pid_namespace(pid: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return None
+
+
+@asynccontextmanager
+async def running_jailer() -> AsyncIterator[RunningJailer]:
+    """Stopped at the end, with all of its jails; its log is printed for a test that fails."""
+    directory = Path(tempfile.mkdtemp(prefix="roost-jailer-"))
+    jailer = RunningJailer(directory)
+    try:
+        await jailer.start()
+        yield jailer
+    finally:
+        await jailer.close()
+        print(jailer.log())
+        await eventually(lambda: not jailer.cgroups(), 5.0, "the control groups were removed")
+        shutil.rmtree(directory)
