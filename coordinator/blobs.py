@@ -63,8 +63,8 @@ def open_blob_store(url: str) -> BlobStore:
     if parts.scheme != "file":
         try:
             return BlobStore(from_url(url, retry_config=_RETRIES))
-        except BaseError as error:
-            raise ValueError(f"{url}: no blob store: {error}") from error
+        except (BaseError, ValueError) as error:
+            raise ValueError(f"{url or '(empty)'}: no blob store: {error}") from error
     directory = Path(unquote(parts.path))
     if parts.netloc or not directory.is_absolute():
         raise ValueError(f"{url}: write file:// and an absolute path, like file:///var/lib/roost/blobs")

@@ -2,8 +2,9 @@
 
 A manifest's plain encoding is canonical JSON. Its root blob holds it inline, or lists the blobs that it was
 cut into. What must hold: equal manifests have equal roots, and what `decode` returns is fit to be acted
-upon, whoever made the blobs: paths stay in the tree, parents are directories, sizes are sane. It ensures
-that by accepting only what `encode` would have made. How it can fail: BLOB_CORRUPT, and what `fetch` raises.
+upon, whoever made the blobs: paths stay in the tree, parents are directories, sizes are sane. `encode`
+checks the same, so that it makes nothing that can't be read back. How it can fail: BLOB_CORRUPT, and what
+`fetch` raises.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ FORMAT = 1
 MAX_NODES = 100_000
 MAX_DEPTH = 64
 MAX_FILE = 1 << 44  # bytes
+MAX_TIME = (1 << 63) - 1  # ns before or after 1970
 MAX_TURNS = 128  # turns whose ids are kept
 MAX_REPLIES = 256 << 10  # bytes of kept replies together; the newest is kept whatever its size
 MAX_TURN_ID = 256  # characters
@@ -298,7 +300,7 @@ def _to_node(document: Any) -> Node:
     match document:
         case ["file", str(path), int(mode), int(mtime_ns), int(size), [*chunks]]:
             _require(_is_path(path) and _is_mode(mode), f"{path!r} is no file's path or mode")
-            _require(_is_number(mtime_ns, -1 << 63, 1 << 63), f"{path!r}: its time is out of range")
+            _require(_is_number(mtime_ns, -MAX_TIME, MAX_TIME + 1), f"{path!r}: its time is out of range")
             _require(_is_number(size, 0, MAX_FILE), f"{path!r}: its size is out of range")
             _require(all(map(is_hash, chunks)), f"{path!r}: a chunk's name is no hash")
             _require(len(chunks) <= size <= len(chunks) * MAX_BLOB, f"{path!r}: its chunks can't be its size")

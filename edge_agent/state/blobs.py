@@ -71,12 +71,15 @@ class GrpcBlobs:
     async def get(self, hashes: Sequence[str]) -> dict[str, Blob]:
         found: dict[str, Blob] = {}
         for some in _grouped(list(dict.fromkeys(hashes)), _BLOBS_A_CALL):
+            call = self._stub.Get(blobs_pb2.GetRequest(hashes=some), timeout=self._timeout)
             try:
-                async for blob in self._stub.Get(blobs_pb2.GetRequest(hashes=some), timeout=self._timeout):
+                async for blob in call:
                     if blob.hash in some:  # what nobody asked for is not kept
                         found[blob.hash] = Blob.verified(blob.hash, blob.zstd)
             except grpc.aio.AioRpcError as error:
                 raise from_rpc(error, Reason.BLOBS_UNAVAILABLE, _PEER) from error
+            finally:
+                call.cancel()
             for hash in some:
                 if hash not in found:
                     raise missing_blob(hash)

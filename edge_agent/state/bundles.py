@@ -56,7 +56,7 @@ class BundleStore:
         if task is None:
             task = asyncio.create_task(self._make(version, root), name=f"bundle {version}")
             self._making[version] = task
-            task.add_done_callback(lambda _: self._making.pop(version, None))
+            task.add_done_callback(lambda done: self._made(version, done))
         await asyncio.shield(task)
 
     async def close(self) -> None:
@@ -65,6 +65,11 @@ class BundleStore:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _made(self, version: str, task: asyncio.Task[None]) -> None:
+        del self._making[version]
+        if not task.cancelled():
+            task.exception()  # each caller that still waits has it; if none does, nobody asks any more
 
     async def _make(self, version: str, root: str) -> None:
         half_made = self._directory / f"{_HALF_MADE}{secrets.token_hex(8)}"
@@ -83,6 +88,12 @@ class BundleStore:
                 Reason.DEADLINE,
                 f"agent version {version} could not be brought to this node within {self._timeout:g} s",
                 "check the node's connection to the blob store",
+            ) from error
+        except OSError as error:
+            raise RoostError(
+                Reason.JAIL_FAILED,
+                f"agent version {version} can't be put in {self._directory}: {error}",
+                "check this node's disk and its permissions",
             ) from error
         finally:
             await asyncio.to_thread(shutil.rmtree, half_made, ignore_errors=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edge_agent.state.files import Entry
+from edge_agent.state.threads import in_thread
 from edge_agent.state.tree import Tree, TreeTooLarge
 from shared.errors import Reason, RoostError
 
@@ -38,7 +38,7 @@ class LocalFiles:
 
     async def scan(self) -> list[Entry]:
         with self._translated():
-            return await asyncio.to_thread(self._tree.scan)
+            return await in_thread(self._tree.scan)
 
     async def open_read(self, path: str) -> int:
         with self._translated():
@@ -62,7 +62,7 @@ class LocalFiles:
 
     async def remove(self, path: str) -> None:
         with self._translated():
-            await asyncio.to_thread(self._tree.remove, path)
+            await in_thread(self._tree.remove, path)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from edge_agent.state.blobs import Blobs
 from edge_agent.state.chunks import ChunkStore
 from edge_agent.state.files import Entry, Files, Kind
 from edge_agent.state.index import SETTLED_NS, Index, Known, boot_id
+from edge_agent.state.threads import in_thread
 from shared.content import Blob
 from shared.errors import Reason, RoostError
 from shared.manifest import DirNode, FileNode, LinkNode, Node, blobs_of
@@ -192,7 +193,7 @@ async def _write(files: Files, node: FileNode, chunks: ChunkStore, blobs: Blobs)
 
 
 async def _write_chunk(fd: int, node: FileNode, hash: str, chunks: ChunkStore, blobs: Blobs) -> int:
-    size = await asyncio.to_thread(_copy, chunks, hash, fd)
+    size = await in_thread(_copy, chunks, hash, fd)
     if size is None:  # the node's copy was there and proved corrupt
         blob = (await _get(node, [hash], chunks, blobs))[hash]
         size = _write_all(fd, blob.plain)

@@ -7,19 +7,19 @@ durable, and its root may be published.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from edge_agent.state.blobs import Blobs
 from edge_agent.state.chunks import ChunkStore
 from edge_agent.state.files import Entry, Files, Kind
 from edge_agent.state.index import SETTLED_NS, Index, Known, boot_id, write_back
+from edge_agent.state.threads import in_thread
 from shared.content import Blob, chunks_of, hash_of
 from shared.errors import Reason, RoostError
-from shared.manifest import DirNode, Encoded, FileNode, LinkNode, Node, blobs_of
+from shared.manifest import MAX_TIME, DirNode, Encoded, FileNode, LinkNode, Node, blobs_of
 from shared.units import format_size
 
 MAX_STATE = 4 << 30  # bytes of all files together; a sparse file may claim to be of any size
@@ -36,13 +36,15 @@ class Snapshot:
     new: frozenset[str]
 
 
-async def capture(files: Files, previous: Index | None, chunks: ChunkStore) -> Snapshot:
+async def capture(
+    files: Files, previous: Index | None, chunks: ChunkStore, now_ns: Callable[[], int] = time.time_ns
+) -> Snapshot:
     """Reads the tree, which nothing may change meanwhile: the caller has frozen the jail.
 
     Only files that do not look as `previous` says are read. STATE_TOO_LARGE, or JAIL_FAILED if the tree did
-    change or the node's disk fails.
+    change or the node's disk fails. `now_ns` is the clock that the kernel stamps files by.
     """
-    began_ns = time.time_ns()
+    began_ns = now_ns()
     entries = await files.scan()
     total = sum(entry.size for entry in entries)
     if total > MAX_STATE:
@@ -64,7 +66,9 @@ async def capture(files: Files, previous: Index | None, chunks: ChunkStore) -> S
                 content = same if same is not None else await _read(files, entry, chunks)
                 racy = same is None and max(entry.mtime_ns, entry.ctime_ns) > began_ns - SETTLED_NS
                 known[entry.path] = Known.of(entry, content, racy)
-                nodes.append(FileNode(entry.path, entry.mode, entry.mtime_ns, entry.size, content))
+                # Some file systems take any time that an agent makes up.
+                mtime_ns = max(-MAX_TIME, min(entry.mtime_ns, MAX_TIME))
+                nodes.append(FileNode(entry.path, entry.mode, mtime_ns, entry.size, content))
     durable: set[str] = set()
     if previous is not None and previous.uploaded:
         durable = {chunk for file in previous.files.values() for chunk in file.chunks}
@@ -105,7 +109,7 @@ async def _read(files: Files, entry: Entry, chunks: ChunkStore) -> tuple[str, ..
     except FileNotFoundError as error:
         raise _restless(entry.path) from error
     try:
-        return await asyncio.to_thread(_store, fd, entry, chunks)
+        return await in_thread(_store, fd, entry, chunks)
     except OSError as error:
         raise RoostError(
             Reason.JAIL_FAILED, f"{entry.path!r} can't be read and kept: {error}", "check this node's disk"
