@@ -34,6 +34,7 @@ needed() {
     echo "mmdebstrap mmdebstrap"
   fi
   if [ "$1" = test ]; then
+    echo "etcdctl etcd-client"
     echo "ip iproute2"
     echo "systemd-analyze systemd"
   fi
@@ -79,9 +80,10 @@ apt_install() {
     fi
   fi
   rm -f "$log"
-  # Not starting it now is half of it: the package has also enabled it for the next boot.
-  if [[ " $* " == *" etcd-server "* ]] && command -v systemctl >/dev/null; then
-    systemctl disable --quiet etcd.service >/dev/null 2>&1 || say "Debian's etcd.service could not be disabled"
+  # Not starting it now is half of it: the package has also enabled it for the next boot. (`systemctl disable` does
+  # no more than remove this link, and is not there in a container that gets systemd later.)
+  if [[ " $* " == *" etcd-server "* ]]; then
+    rm -f /etc/systemd/system/multi-user.target.wants/etcd.service
   fi
   guard_down
   trap - EXIT

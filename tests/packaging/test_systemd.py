@@ -1,9 +1,7 @@
 """The unit, its example configuration, and the script that installs both."""
 
 import configparser
-import dataclasses
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 from edge_agent.config import EdgeConfig
 from shared import config
 from shared.units import parse_duration
+from tests.packaging.examples import missing_keys, uncommented
 
 ROOT = Path(__file__).parents[2]
 SYSTEMD = ROOT / "packaging" / "systemd"
@@ -71,8 +70,7 @@ def test_the_example_loads_as_it_is() -> None:
 
 
 def test_the_example_shows_every_key_and_the_true_defaults() -> None:
-    uncommented = re.sub(r"^# (\[\w+\]|\w+ = .*)$", r"\1", EXAMPLE, flags=re.MULTILINE)
-    shown = config.load(EdgeConfig, uncommented, "edge.toml.example")
+    shown = config.load(EdgeConfig, uncommented(EXAMPLE), "edge.toml.example")
     bare = EdgeConfig(node="box-1", data_dir=shown.data_dir)
     assert (shown.site, shown.role, shown.mdns, shown.jailer) == (
         bare.site,
@@ -80,10 +78,7 @@ def test_the_example_shows_every_key_and_the_true_defaults() -> None:
         bare.mdns,
         bare.jailer,
     )
-    for kind in (shown, shown.position, shown.capacity, shown.jailer):
-        assert kind is not None
-        for field in dataclasses.fields(kind):
-            assert re.search(rf"^(\[{field.name}\]|{field.name} = )", uncommented, re.MULTILINE), field.name
+    assert missing_keys(EXAMPLE, shown, shown.position, shown.capacity, shown.jailer) == []
 
 
 @needs_root
