@@ -29,6 +29,21 @@ _PAGE = 1000
 T = TypeVar("T")
 
 
+def make_request(spec: JailSpec) -> protocol.Make:
+    """RoostError JAIL_FAILED for a name or a limit that no jail may have."""
+    limits = spec.limits
+    try:
+        return protocol.Make(
+            spec.jail_id,
+            spec.bundle,
+            spec.argv,
+            tuple(f"{name}={value}" for name, value in spec.env.items()),
+            protocol.Limits(limits.memory_bytes, limits.cpu_millis, limits.pids),
+        )
+    except ValueError as error:
+        raise RoostError(Reason.JAIL_FAILED, f"jail {spec.jail_id}: {error}") from error
+
+
 class JailedAgent:
     """See `Jail`. Made by `JailerClient` alone."""
 
@@ -156,18 +171,7 @@ class JailerClient:
         self._calls.close()
 
     async def make(self, spec: JailSpec) -> JailedAgent:
-        limits = spec.limits
-        try:
-            request = protocol.Make(
-                spec.jail_id,
-                spec.bundle,
-                spec.argv,
-                tuple(f"{name}={value}" for name, value in spec.env.items()),
-                protocol.Limits(limits.memory_bytes, limits.cpu_millis, limits.pids),
-            )
-        except ValueError as error:
-            raise RoostError(Reason.JAIL_FAILED, f"jail {spec.jail_id}: {error}") from error
-        return await self._obtain(request, _MAKE_SECONDS)
+        return await self._obtain(make_request(spec), _MAKE_SECONDS)
 
     async def adopt(self) -> list[Jail]:
         answer = await self.ask(protocol.List(), _SECONDS)

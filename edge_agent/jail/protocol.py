@@ -71,6 +71,7 @@ class Make:
     limits: Limits
 
     def __post_init__(self) -> None:
+        _check_name("jail_id", self.jail_id)
         _check_name("bundle", self.bundle)
         if not 1 <= len(self.argv) <= _MAX_ARGS or len(self.env) > _MAX_ARGS:
             raise ValueError(f"argv must have 1 to {_MAX_ARGS} parts, and env at most {_MAX_ARGS}")

@@ -1,0 +1,226 @@
+"""What every `Jails` promises: the fake one, and the real jailer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from edge_agent.jail.api import MAX_MESSAGE, Exit, Jail, JailGone, Jails, JailSpec
+from edge_agent.state.files import Kind
+from shared.errors import Reason, RoostError
+from tests.support.fake_jails import AgentExit, FakeAgent, FakeJails
+from tests.support.jailer import LIMITS, needs_root, python, running_jailer, spec
+
+# An agent that does what it is told: "echo TEXT", "write NAME" (in /state), "exit CODE", "last WORDS" (sends
+# them and exits with 0 at once).
+OBEDIENT = """
+while True:
+    word, _, rest = recv().decode().partition(" ")
+    if word == "echo": send(rest.encode())
+    if word == "write": open("/state/" + rest, "w").write(rest); send(b"written")
+    if word == "exit": raise SystemExit(int(rest))
+    if word == "last": send(rest.encode()); raise SystemExit(0)
+"""
+
+
+async def obedient(agent: FakeAgent) -> None:
+    while True:
+        word, _, rest = (await agent.receive()).decode().partition(" ")
+        match word:
+            case "echo":
+                await agent.send(rest.encode())
+            case "write":
+                (agent.state / rest).write_text(rest)
+                await agent.send(b"written")
+            case "exit":
+                raise AgentExit(int(rest))
+            case "last":
+                await agent.send(rest.encode())
+                return
+
+
+@dataclass
+class World:
+    jails: Jails
+    argv: tuple[str, ...]
+
+    def spec(self, jail_id: str) -> JailSpec:
+        return spec(jail_id, self.argv)
+
+    async def started(self, jail_id: str) -> Jail:
+        jail = await self.jails.make(self.spec(jail_id))
+        await jail.start()
+        return jail
+
+
+@asynccontextmanager
+async def _fake(directory: Path) -> AsyncIterator[World]:
+    jails = FakeJails(directory / "jails", obedient)
+    yield World(jails, ("/agent/obedient",))
+    await jails.close()
+
+
+@asynccontextmanager
+async def _real(directory: Path) -> AsyncIterator[World]:
+    async with running_jailer() as jailer:
+        yield World(jailer.jails, python(OBEDIENT))
+
+
+@pytest.fixture(params=["fake", pytest.param("real", marks=needs_root)])
+async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    async with {"fake": _fake, "real": _real}[request.param](tmp_path) as world:
+        yield world
+
+
+async def _ask(jail: Jail, text: str, timeout: float = 10.0) -> bytes:
+    async with asyncio.timeout(timeout):
+        await jail.send(text.encode())
+        return await jail.receive()
+
+
+async def _gone(call: Callable[[], Awaitable[object]], timeout: float = 10.0) -> Exit:
+    async with asyncio.timeout(timeout):
+        with pytest.raises(JailGone) as caught:
+            await call()
+    return caught.value.exit
+
+
+async def test_messages_go_both_ways_in_order_and_up_to_the_limit(world: World) -> None:
+    jail = await world.started("a")
+    assert await _ask(jail, "echo hello") == b"hello"
+    for i in range(20):
+        await jail.send(f"echo {i}".encode())
+    assert [await jail.receive() for _ in range(20)] == [str(i).encode() for i in range(20)]
+    large = "x" * (MAX_MESSAGE - len("echo "))
+    assert await _ask(jail, f"echo {large}") == large.encode()
+    with pytest.raises(RoostError) as refused:
+        await jail.send(b"x" * (MAX_MESSAGE + 1))
+    assert refused.value.reason is Reason.MESSAGE_TOO_LARGE
+    assert await _ask(jail, "echo still here") == b"still here"
+
+
+async def test_a_cancelled_receive_loses_nothing(world: World) -> None:
+    jail = await world.started("a")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await jail.receive()
+    assert await _ask(jail, "echo late") == b"late"
+
+
+async def test_the_state_is_shared_with_its_files_and_outlives_the_jail(world: World) -> None:
+    jail = await world.started("a")
+    assert await _ask(jail, "write diary") == b"written"
+    assert [(e.path, e.kind, e.size) for e in await jail.files.scan()] == [("diary", Kind.FILE, 5)]
+    await jail.kill()
+    again = await world.jails.make(world.spec("a"))
+    assert [e.path for e in await again.files.scan()] == ["diary"]
+    other = await world.jails.make(world.spec("b"))
+    assert await other.files.scan() == []
+
+
+async def test_the_exit_is_told_to_whoever_waits_and_to_whoever_asks_later(world: World) -> None:
+    jail = await world.started("a")
+    waiting = asyncio.create_task(jail.receive())
+    await jail.send(b"exit 3")
+    assert (await _gone(lambda: waiting)).code == 3
+    for call in (lambda: jail.send(b"x"), jail.receive, jail.freeze, jail.usage, lambda: jail.files.scan()):  # noqa: PLW0108
+        exit = await _gone(call)
+        assert (exit.code, exit.out_of_memory) == (3, False)
+    assert (await jail.kill()).code == 3
+
+
+async def test_what_was_sent_before_the_end_is_received_first(world: World) -> None:
+    jail = await world.started("a")
+    assert await _ask(jail, "last words") == b"words"
+    assert (await _gone(jail.receive)).code == 0
+
+
+async def test_kill_ends_it_as_often_as_one_likes(world: World) -> None:
+    jail = await world.started("a")
+    waiting = asyncio.create_task(jail.receive())
+    await asyncio.sleep(0)
+    first = await jail.kill()
+    assert (first.code, first.out_of_memory) == (-9, False)
+    assert await jail.kill() == first
+    assert await _gone(lambda: waiting) == first
+
+
+async def test_a_jail_that_was_never_started_can_be_killed(world: World) -> None:
+    jail = await world.jails.make(world.spec("a"))
+    assert (await jail.kill()).code == -9
+
+
+async def test_an_agent_is_started_once(world: World) -> None:
+    jail = await world.started("a")
+    with pytest.raises(RoostError, match="already") as refused:
+        await jail.start()
+    assert refused.value.reason is Reason.JAIL_FAILED
+    assert await _ask(jail, "echo unharmed") == b"unharmed"
+
+
+async def test_one_id_has_one_jail_at_a_time(world: World) -> None:
+    jail = await world.started("a")
+    with pytest.raises(RoostError, match="already") as refused:
+        await world.jails.make(world.spec("a"))
+    assert refused.value.reason is Reason.JAIL_FAILED
+    assert await _ask(jail, "echo unharmed") == b"unharmed"
+
+
+@pytest.mark.parametrize("jail_id", ["", "..", "a/b", "A", "a" * 65, "ä", "a\n", ".trash-a"])
+async def test_names_that_could_be_paths_are_refused(world: World, jail_id: str) -> None:
+    with pytest.raises(RoostError) as refused:
+        await world.jails.make(world.spec(jail_id))
+    assert refused.value.reason is Reason.JAIL_FAILED
+
+
+async def test_limits_must_be_given(world: World) -> None:
+    with pytest.raises(RoostError, match="memory_bytes"):
+        await world.jails.make(JailSpec("a", "v1", world.argv))
+
+
+async def test_a_frozen_agent_answers_only_when_thawed_while_its_files_can_be_read(world: World) -> None:
+    jail = await world.started("a")
+    await _ask(jail, "write diary")
+    await jail.freeze()
+    await jail.freeze()
+    await jail.send(b"echo now")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await jail.receive()
+    assert [e.path for e in await jail.files.scan()] == ["diary"]
+    await jail.thaw()
+    async with asyncio.timeout(5.0):
+        assert await jail.receive() == b"now"
+    await jail.freeze()
+    assert (await jail.kill()).code == -9
+
+
+async def test_usage_counts_what_runs(world: World) -> None:
+    jail = await world.started("a")
+    await _ask(jail, "echo here")
+    usage = await jail.usage()
+    assert 0 < usage.memory_bytes <= LIMITS.memory_bytes
+    assert usage.cpu_seconds > 0
+    assert usage.pids == 2  # with init
+
+
+async def test_directories_stay_until_they_are_discarded(world: World) -> None:
+    jails = world.jails
+    assert await jails.directories() == []
+    for jail_id in ("b", "a", "c"):
+        jail = await world.started(jail_id)
+        await _ask(jail, "write diary")
+        if jail_id != "c":
+            await jail.kill()
+    assert await jails.directories() == ["a", "b", "c"]
+    await jails.discard("a")
+    await jails.discard("never-was")
+    assert await jails.directories() == ["b", "c"]
+    with pytest.raises(RoostError, match="runs"):
+        await jails.discard("c")
+    assert await (await jails.make(world.spec("a"))).files.scan() == []
