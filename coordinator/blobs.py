@@ -114,15 +114,25 @@ class BlobStore:
 
     async def put(self, blob: Blob) -> None:
         """When it returns, the blob is durable."""
-        name = _name(blob.hash)
-        if self._directory is None:
-            await self._bounded(self._store.put_async(name, blob.zstd))
-            return
         self._check_directory()
-        incoming = f"{_INCOMING}/{blob.hash}-{secrets.token_hex(4)}"
-        await self._bounded(self._store.put_async(incoming, blob.zstd))
-        await self._bounded(asyncio.to_thread(_sync, self._directory / incoming))
-        await self._bounded(self._store.rename_async(incoming, name))
+        try:
+            await self._put(_name(blob.hash), blob.zstd)
+        except FileNotFoundError as error:  # no such bucket, or the directory has just vanished
+            raise _unavailable(str(error).partition("\n")[0]) from error
+
+    async def _put(self, name: str, data: bytes) -> None:
+        if self._directory is None:
+            await self._bounded(self._store.put_async(name, data))
+            return
+        incoming = f"{_INCOMING}/{secrets.token_hex(8)}"
+        try:
+            await self._bounded(self._store.put_async(incoming, data))
+            await self._bounded(asyncio.to_thread(_sync, self._directory / incoming))
+            await self._bounded(self._store.rename_async(incoming, name))
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(self._directory / incoming)
+            raise
         shard = (self._directory / name).parent
         await self._bounded(asyncio.to_thread(_sync, shard, shard.parent))
 
