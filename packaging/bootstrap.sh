@@ -10,17 +10,12 @@
 # missing is said, and only a missing Python is an error.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=packaging/common.sh
+. packaging/common.sh
 
 readonly STAMP=.venv/roost-stamp
 readonly GUARD=/usr/sbin/policy-rc.d
 readonly GUARD_MARK="# Roost's bootstrap: no service starts while its packages are installed"
-
-say() { echo "roost: $*"; }
-die() {
-  echo "roost: $1" >&2
-  [ $# -lt 2 ] || echo "  hint: $2" >&2
-  exit 1
-}
 
 # --- system packages -----------------------------------------------------------------------------------
 
@@ -107,54 +102,26 @@ install_packages() {
 
 # --- Python ----------------------------------------------------------------------------------------------
 
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
-
-# Debian's own Python first: it is at the same place in the read-only system that a jail sees.
-find_python() {
-  local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} /usr/bin/python3 python3 python3.13 python3.12 python3.11; do
-    if new_enough "$candidate"; then
-      command -v "$candidate"
-      return
-    fi
-  done
-  return 1
-}
-
-# fastcdc has ready-made wheels for CPython 3.11 and 3.12 on x86_64 only. Elsewhere pip compiles it, and without a
-# compiler it would quietly settle for a version in plain Python, which cuts chunks far more slowly.
-needs_compiler() {
-  case "$("$1" -c 'import sys, platform; print(*sys.version_info[:2], platform.machine())')" in
-    "3 11 x86_64" | "3 12 x86_64") return 1 ;;
-    *) ! command -v cc >/dev/null || ! "$1" - <<'PY' ;;
-import pathlib, sys, sysconfig
-sys.exit(not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists())
-PY
-  esac
-}
-
-# Prints the path of a Python that can make .venv.
+# Prints the path of a Python that can make .venv, after installing it as root if need be.
 ready_python() {
-  local python version
+  local python
   if [ "$(id -u)" = 0 ] && ! find_python >/dev/null && [ ! -x /usr/bin/python3 ]; then
     apt_install python3 python3-venv >&2
   fi
-  if ! python=$(find_python); then
-    version=$(/usr/bin/python3 -V 2>&1 || echo "no python3")
-    die "Roost needs Python 3.11 or newer, and here is $version" \
-      "Debian 12 and Ubuntu 24.04 have it; or name another with PYTHON=/path/to/python3.11 make setup"
-  fi
-  if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+  python=$(find_python) || no_python
+  if ! can_make_venv "$python"; then
     if [ "$(id -u)" != 0 ] || [ "$python" != /usr/bin/python3 ]; then
       die "$python can't make virtual environments" "as root: apt-get install python3-venv"
     fi
     apt_install python3-venv >&2
   fi
-  if needs_compiler "$python"; then
+  if lacks_compiler "$python"; then
+    # shellcheck disable=SC2086 # a list of packages
     if [ "$(id -u)" = 0 ]; then
-      apt_install gcc libc6-dev python3-dev >&2
+      apt_install $COMPILER_PACKAGES >&2
     else
-      say "no C compiler or no Python headers: fastcdc will be the slow one (as root: apt-get install gcc python3-dev)" >&2
+      die "fastcdc must be compiled for this Python, and there is no compiler" \
+        "as root: apt-get install $COMPILER_PACKAGES"
     fi
   fi
   echo "$python"
@@ -162,7 +129,7 @@ ready_python() {
 
 # What .venv and the stubs are made from. A virtual environment can't be moved, so its place counts too.
 fingerprint() {
-  { pwd && sha256sum pyproject.toml setup.py requirements.lock protos/v1/*.proto "${BASH_SOURCE[0]}"; } | sha256sum
+  { pwd && sha256sum pyproject.toml setup.py requirements.lock protos/v1/*.proto; } | sha256sum
 }
 
 venv_is_current() {
@@ -189,6 +156,7 @@ make_venv() {
   PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock PIP_DISABLE_PIP_VERSION_CHECK=1 \
     .venv/bin/python -m pip install -qq --editable '.[coordinator,edge,cli,dev]' </dev/null ||
     die "pip could not install Roost's Python packages" "pip's own words are above"
+  check_compiled .venv/bin/python
   fingerprint >"$STAMP"
 }
 

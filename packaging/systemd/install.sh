@@ -12,16 +12,11 @@
 # it was running.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=packaging/common.sh
+. "$here/../common.sh"
 
 readonly UNIT=roost-edge.service
 prefix=/opt/roost root="" action=install
-
-say() { echo "roost: $*"; }
-die() {
-  echo "roost: $1" >&2
-  [ $# -lt 2 ] || echo "  hint: $2" >&2
-  exit 1
-}
 
 parse() {
   while [ $# -gt 0 ]; do
@@ -45,19 +40,12 @@ parse() {
 # Is there a systemd that runs this very system? Otherwise units can be enabled, but not started.
 booted() { [ -z "$root" ] && [ -d /run/systemd/system ]; }
 
-find_python() {
-  local python=${PYTHON:-/usr/bin/python3}
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-    die "Roost needs Python 3.11 or newer, and $python is $("$python" -V 2>&1 || echo missing)" \
-      "Debian 12 and Ubuntu 24.04 have it; or name another with PYTHON=/path/to/python3.11"
-  "$python" -c 'import venv, ensurepip' 2>/dev/null ||
-    die "$python can't make virtual environments" "apt-get install python3-venv"
-  echo "$python"
-}
-
 install_programs() {
   local python wheels
-  python=$(find_python)
+  python=$(find_python) || no_python
+  can_make_venv "$python" || die "$python can't make virtual environments" "apt-get install python3-venv"
+  ! lacks_compiler "$python" ||
+    die "fastcdc must be compiled for this Python, and there is no compiler" "apt-get install $COMPILER_PACKAGES"
   say "installing the programs into $root$prefix"
   [ -x "$root$prefix/bin/python" ] || "$python" -m venv "$root$prefix"
   wheels=$(mktemp -d)
@@ -66,8 +54,7 @@ install_programs() {
   # Twice: the first brings what is missing, the second replaces Roost itself even if its version is the same.
   pip_install -c "$here/../../requirements.lock" "$(echo "$wheels"/roost-*.whl)[edge]"
   pip_install --force-reinstall --no-deps "$wheels"/roost-*.whl
-  "$root$prefix/bin/python" -c 'import fastcdc.fastcdc_cy' 2>/dev/null ||
-    say "note: fastcdc could not be compiled and is the slow one; apt-get install gcc python3-dev, then run this again"
+  check_compiled "$root$prefix/bin/python"
   # The programs must name the place where they will be, not the one where they were put together.
   if [ -n "$root" ]; then
     find "$root$prefix/bin" -type f -exec sed -i "s|$root$prefix|$prefix|g" {} +
