@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from coordinator.records import (
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 OnChange = Callable[[Stored[T] | None, Stored[T] | None], None]
 
-_WATCH_PAUSE = 0.5  # seconds before a watch that failed is tried again
+_PAUSE = 0.5  # seconds before a watch or a first list that failed is tried again
 
 
 class Table(Generic[T]):
@@ -77,9 +77,17 @@ class Table(Generic[T]):
         self._revision = max(self._revision, listing.revision)
         self.listed.set()
 
+    async def ensure_listed(self, why: str) -> None:
+        """Returns when the table has been listed; does not wait for the period if that fails at first."""
+        while not self.listed.is_set():
+            self.lister.wake(why)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PAUSE):
+                    await self.listed.wait()
+
     async def follow(self) -> NoReturn:
         """Watches; lists again whenever changes may have been missed."""
-        await self.listed.wait()
+        await self.ensure_listed("not listed yet")
         while True:
             try:
                 changes = self._store.watch(self._prefix, self._revision + 1)
@@ -88,13 +96,11 @@ class Table(Generic[T]):
                         for change in batch:
                             self._hear(change)
             except Compacted:
-                self._revision = 0
                 self.listed.clear()
-                self.lister.wake("the changes were compacted")
-                await self.listed.wait()
+                await self.ensure_listed("the changes were compacted")
             except RoostError as error:
                 log.warning("the watch of %s: %s; it is tried again", self._prefix, error.message)
-                await asyncio.sleep(_WATCH_PAUSE)
+                await asyncio.sleep(_PAUSE)
 
     def learn(self, key: str, new: Stored[T]) -> None:
         """Takes a record that this coordinator read or wrote itself."""
@@ -149,7 +155,7 @@ class Cache:
     async def wait_listed(self) -> None:
         """Returns when every table has been listed once."""
         for table in self._tables:
-            await table.listed.wait()
+            await table.ensure_listed("not listed yet")
 
     def instance(self, key: InstanceKey) -> Stored[InstanceRecord] | None:
         return self.instances.records.get(instance_key(key))

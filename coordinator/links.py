@@ -65,7 +65,9 @@ class LinkSession:
                 self._answered(message.reserved)
             case _:
                 raise RoostError(
-                    Reason.BAD_REQUEST, f"{self.info.id} sent what only starts a link, or nothing"
+                    Reason.BAD_REQUEST,
+                    f"{self.info.id} sent what only starts a link, or nothing",
+                    "is it an older or newer version?",
                 )
 
     def send(self, message: link_pb2.LinkDown) -> None:

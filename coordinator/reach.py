@@ -56,7 +56,11 @@ class Reach:
     def _holder(self, node: NodeRecord) -> peer_pb2_grpc.PeerAsyncStub:
         held = self._cache.coordinators.records.get(coordinator_key(node.coordinator))
         if held is None or node.coordinator == self._registry.me:
-            raise RoostError(Reason.NODE_UNREACHABLE, f"node {node.info.id} is not linked just now")
+            raise RoostError(
+                Reason.NODE_UNREACHABLE,
+                f"node {node.info.id} is not linked just now",
+                "resolve again in a moment",
+            )
         address = held.value.address
         if address not in self._channels:
             self._channels[address] = rpc.channel(address)

@@ -16,6 +16,7 @@ from shared.errors import Reason, RoostError
 from shared.identity import NAME_RULE, InstanceKey, is_name
 
 _FIRST_MESSAGE_TIMEOUT = 5.0  # seconds
+_NODE_FAULT = "this is a fault of the node: is it an older or newer version?"
 _LONGEST_NAME = 256  # characters of a root or of a turn's id
 
 
@@ -57,9 +58,10 @@ class LinkServicer(link_pb2_grpc.LinkServicer):
                 raise RoostError(
                     Reason.BAD_REQUEST,
                     f"a commit's {what} must have 1 to {_LONGEST_NAME} characters, not {len(text)}",
+                    _NODE_FAULT,
                 )
         if request.version < 1:
-            raise RoostError(Reason.BAD_REQUEST, "a commit's version must be 1 or more")
+            raise RoostError(Reason.BAD_REQUEST, "a commit's version must be 1 or more", _NODE_FAULT)
         await self._ownership.commit(node, key, request.epoch, request.version, request.root, request.turn_id)
         return link_pb2.CommitReply()
 
@@ -111,7 +113,7 @@ async def _registration(messages: AsyncIterator[link_pb2.LinkUp]) -> link_pb2.Re
     except TimeoutError:
         first = None
     if first is None or first.WhichOneof("kind") != "register":
-        raise RoostError(Reason.BAD_REQUEST, "a link must start with a registration, at once")
+        raise RoostError(Reason.BAD_REQUEST, "a link must start with a registration, at once", _NODE_FAULT)
     return first.register
 
 

@@ -21,7 +21,9 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         link = self._registry.links.get(request.node)
         if link is None:
             raise RoostError(
-                Reason.NODE_UNREACHABLE, f"node {request.node} is not linked to {self._registry.me}"
+                Reason.NODE_UNREACHABLE,
+                f"node {request.node} is not linked to {self._registry.me}",
+                "resolve again",
             )
         await link.reserve(request.reserve, RESERVE_TIMEOUT)
         return peer_pb2.ForwardReserveReply()

@@ -22,6 +22,11 @@ def die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+# The same, as the start of a command line: a preexec_fn makes Python fork with its handlers, and gRPC's can
+# bring the child down when another thread is in gRPC.
+DYING_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that were free a moment ago; distinct."""
     with contextlib.ExitStack() as stack:
@@ -45,6 +50,7 @@ class Etcd:
         client, peer = f"http://{self.endpoint}", f"http://{self._peer}"
         with (self._directory / "etcd.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *DYING_WITH_PARENT,
                 "etcd",
                 *("--data-dir", str(self._directory / "data")),
                 *("--listen-client-urls", client, "--advertise-client-urls", client),
@@ -55,7 +61,6 @@ class Etcd:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=die_with_parent,
             )
         await eventually(self._answers, 10.0, f"etcd at {self.endpoint}")
 
@@ -94,12 +99,12 @@ class Etcd:
 
     async def _ctl(self, *arguments: str) -> tuple[int, str]:
         process = await asyncio.create_subprocess_exec(
+            *DYING_WITH_PARENT,
             *("etcdctl", "--endpoints", self.endpoint, "--dial-timeout", "1s", "--command-timeout", "1s"),
             *arguments,
             env={"ETCDCTL_API": "3", "PATH": "/usr/bin:/bin:/usr/local/bin"},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            preexec_fn=die_with_parent,
         )
         output, _ = await process.communicate()
         return process.returncode or 0, output.decode()
