@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
         told = {"name": spec.name, "version": reply.version, "bytes": size, "changed": reply.changed}
         print(json.dumps(told))
     elif reply.changed:
-        print(f"{spec.name} {reply.version[:12]} is deployed ({format_size(size)}).")
+        print(f"{spec.name} {reply.version[:12]} is deployed ({format_size(size)}B).")
     else:
-        print(f"{spec.name} {reply.version[:12]} was deployed already ({format_size(size)}).")
+        print(f"{spec.name} {reply.version[:12]} was deployed already ({format_size(size)}B).")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(data: Path, etcd: str) -> int:
-    processes = layout(data, _free_ports(PORTS), sys.executable, etcd)
+    processes = layout(data, _free_ports(PORTS), sys.executable, etcd, platform.machine())
     coordinator = next(p.address for p in processes if p.name == "coordinator")
     probe = MeshProbe(coordinator)
     supervisor = Supervisor(processes, probe.serves, _report)

@@ -46,17 +46,18 @@ NODES = (
 PORTS = 3 + len(NODES)  # how many `layout` needs
 
 
-def layout(data: Path, ports: Sequence[int], python: str, etcd: str) -> tuple[Process, ...]:
-    """Etcd, a coordinator and the nodes, with all their data and logs beneath `data`."""
+def layout(data: Path, ports: Sequence[int], python: str, etcd: str, machine: str) -> tuple[Process, ...]:
+    """Etcd, a coordinator and the nodes, with all their data and logs beneath `data`. `python` and `etcd` are
+    paths, `machine` is as `uname -m` says it."""
     client, peer, control, *rest = (f"127.0.0.1:{port}" for port in ports)
     nodes = [
         _node(data, python, index, node, address, control)
         for index, (node, address) in enumerate(zip(NODES, rest, strict=True))
     ]
-    return (_etcd(data, etcd, client, peer), _coordinator(data, python, control, client), *nodes)
+    return (_etcd(data, etcd, client, peer, machine), _coordinator(data, python, control, client), *nodes)
 
 
-def _etcd(data: Path, etcd: str, client: str, peer: str) -> Process:
+def _etcd(data: Path, etcd: str, client: str, peer: str, machine: str) -> Process:
     argv = (
         etcd,
         "--name=up",
@@ -71,8 +72,8 @@ def _etcd(data: Path, etcd: str, client: str, peer: str) -> Process:
         "--logger=zap",
         "--log-level=warn",
     )
-    # etcd refuses to run on 64-bit Arm unless told so; elsewhere it ignores this.
-    env = {"ETCD_UNSUPPORTED_ARCH": "arm64"}
+    # Debian's etcd refuses to run on 64-bit Arm unless it is told to.
+    env = {"ETCD_UNSUPPORTED_ARCH": "arm64"} if machine == "aarch64" else {}
     return Process("etcd", _ETCD_STAGE, argv, client, _log(data, "etcd"), env=env)
 
 

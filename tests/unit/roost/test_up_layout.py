@@ -16,8 +16,9 @@ from shared.errors import RoostError
 DATA = Path('/data dir/"quoted"')
 
 
-def planned() -> dict[str, Process]:
-    return {p.name: p for p in layout(DATA, range(7000, 7000 + PORTS), "/venv/python", "/usr/bin/etcd")}
+def planned(machine: str = "x86_64") -> dict[str, Process]:
+    ports = range(7000, 7000 + PORTS)
+    return {p.name: p for p in layout(DATA, ports, "/venv/python", "/usr/bin/etcd", machine)}
 
 
 def config(process: Process) -> dict[str, Any]:
@@ -71,9 +72,14 @@ def test_all_data_and_logs_are_beneath_the_data_directory() -> None:
     assert config(planned()["cloud-1"])["data_dir"] == str(DATA / "nodes" / "cloud-1")
 
 
+def test_etcd_is_told_to_run_on_arm_only_there() -> None:
+    assert not planned()["etcd"].env
+    assert planned("aarch64")["etcd"].env == {"ETCD_UNSUPPORTED_ARCH": "arm64"}
+
+
 def test_a_wrong_number_of_ports_is_a_bug_that_shows() -> None:
     with pytest.raises(ValueError):
-        layout(DATA, range(PORTS - 1), "python", "etcd")
+        layout(DATA, range(PORTS - 1), "python", "etcd", "x86_64")
 
 
 # --- what it needs -------------------------------------------------------------------------------
