@@ -9,6 +9,7 @@ import os
 import time
 
 from edge_agent.jail import cgroups
+from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.daemon_process import DaemonStarterAsRoot
 from edge_agent.jail.directories import Directories
@@ -19,22 +20,17 @@ from edge_agent.jail.roots import System
 
 log = logging.getLogger(__name__)
 
-_LOCK_SECONDS = 10.0
+_LOCK_SECONDS = 5.0
 
 
 def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
     """Until SIGTERM or SIGINT. Refused if it can't start."""
-    if os.geteuid() != 0:
-        raise Refused("edge_agent makes jails, for which it must be root", "start it with sudo or systemd")
-    os.umask(0o022)
     directories = Directories(config)
+    lock, groups = _take_over(config)
     try:
-        lock = _lock(config)
         trash = directories.prepare()
-        groups = cgroups.detect(config.data_dir)
-        groups.sweep()
     except OSError as error:
-        raise Refused(f"the node can't prepare its directories and control groups: {error}") from error
+        raise Refused(f"the node can't prepare its directories: {error}") from error
     system = System.survey()
     starter = DaemonStarterAsRoot(config, system, daemon_argv)
     jailer = Jailer(config, system, groups, directories, starter, Loop())
@@ -44,6 +40,27 @@ def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
     finally:
         groups.close()
         os.close(lock)
+
+
+def clean(config: JailerConfig) -> None:
+    """Removes what a node that was killed has left on this machine, but its data. Refused if it runs."""
+    lock, groups = _take_over(config)
+    groups.close()
+    os.close(lock)
+
+
+def _take_over(config: JailerConfig) -> tuple[int, Cgroups]:
+    """The node's lock, and its control groups, empty: whatever a predecessor left in them has ended."""
+    if os.geteuid() != 0:
+        raise Refused("edge_agent makes jails, for which it must be root", "start it with sudo or systemd")
+    os.umask(0o022)
+    try:
+        lock = _lock(config)
+        groups = cgroups.detect(config.data_dir)
+        groups.sweep()
+    except OSError as error:
+        raise Refused(f"the node can't prepare its control groups: {error}") from error
+    return lock, groups
 
 
 def _lock(config: JailerConfig) -> int:

@@ -79,6 +79,8 @@ class JailedAgent:
             raise RoostError(Reason.JAIL_FAILED, failed.message, failed.hint) from None
 
     async def send(self, message: bytes) -> None:
+        if self._exit.done():
+            raise JailGone(self._exit.result())
         await self._or_gone(self._turns.send(message))
 
     async def receive(self) -> bytes:

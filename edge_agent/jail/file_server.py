@@ -31,7 +31,9 @@ class FileServer:
             yield _error("missing", f"{error.filename or request.get('path')}: not there")
         except TreeTooLarge as error:
             yield _error("too_large", str(error))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
+            yield _error("nonsense", str(error))
+        except (KeyError, TypeError, AttributeError) as error:
             yield _error("failed", f"a request that makes no sense: {error!r}")
         except OSError as error:
             what = os.strerror(error.errno or 0)

@@ -57,6 +57,8 @@ class RemoteFiles:
             match failed.kind:
                 case "missing":
                     raise FileNotFoundError(2, failed.message, str(body.get("path", ""))) from None
+                case "nonsense":
+                    raise ValueError(failed.message) from None
                 case "too_large":
                     raise RoostError(
                         Reason.STATE_TOO_LARGE,

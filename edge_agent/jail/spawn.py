@@ -63,10 +63,11 @@ def spawn(request: Make, plan: tuple[Operation, ...], cgroups: Cgroups) -> Spawn
     progress = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the child
     supervisor, inner_supervisor = pair()
     turn, inner_turn = pair()
-    agent_fds: list[int] = []
+    opened: list[int] = []  # by the steps, in the child: of the agent's control groups, then /proc/sys
     steps = (
         Do("join the jail's control groups", lambda: cgroups.join(request.jail_id)),
-        Do("open the agent's control group", lambda: agent_fds.extend(cgroups.open_agent(request.jail_id))),
+        Do("open the agent's control group", lambda: opened.extend(cgroups.open_agent(request.jail_id))),
+        Do("open /proc/sys", lambda: opened.append(os.open("/proc/sys", os.O_PATH | os.O_CLOEXEC))),
         Do("enter a cgroup namespace", lambda: kernel.unshare(kernel.CLONE_NEWCGROUP)),
         *plan,
         Do("enter a user namespace", lambda: kernel.unshare(kernel.CLONE_NEWUSER)),
@@ -76,7 +77,7 @@ def spawn(request: Make, plan: tuple[Operation, ...], cgroups: Cgroups) -> Spawn
         pid = kernel.clone(_NAMESPACES, group)
         if pid == 0:
             kept = (inner_supervisor.fileno(), inner_turn.fileno())
-            _child(request, steps, Wire(inner_supervisor), kept, agent_fds, progress)
+            _child(request, steps, Wire(inner_supervisor), kept, opened, progress)
     except BaseException:
         supervisor.close()
         turn.close()
@@ -102,7 +103,7 @@ def _child(
     steps: tuple[Operation, ...],
     supervisor: Wire,
     kept: tuple[int, int],
-    agent_fds: list[int],
+    opened: list[int],
     progress: mmap.mmap,
 ) -> NoReturn:
     # Never returns into the jailer's frames, whatever happens: they are a copy, but their sockets are not.
@@ -110,8 +111,9 @@ def _child(
         gc.freeze()
         _forget_jailer(kept)
         carry_out(steps, lambda index: progress.__setitem__(0, index))
-        _give_up_power(supervisor)
-        init = Init(request, supervisor, kept[1], tuple(agent_fds), (AGENT_ID, AGENT_ID))
+        *agent_groups, sysctl = opened
+        _give_up_power(supervisor, sysctl)
+        init = Init(request, supervisor, kept[1], tuple(agent_groups), (AGENT_ID, AGENT_ID))
         supervisor.send({"step": READY})
         # The answer proves that the jailer lived after we asked to die with it. It brings the control
         # socket, which Init takes, so only look that it is there.
@@ -145,15 +147,25 @@ def _forget_jailer(kept: tuple[int, ...]) -> None:
     kernel.set_name("roost-init")
 
 
-def _give_up_power(supervisor: Wire) -> None:
+def _give_up_power(supervisor: Wire, sysctl: int) -> None:
     supervisor.send({"step": IN_USER_NAMESPACE})
     _receive(supervisor)  # mapped
     os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
+    _forbid_user_namespaces(sysctl)
     kernel.keep_capabilities(_INIT_CAPABILITIES)
     kernel.no_new_privs()
     kernel.die_with_parent()
+
+
+def _forbid_user_namespaces(sysctl: int) -> None:
+    """In this user namespace, and so in the jail, none can be made: each would bring its maker capabilities
+    over new namespaces, with which most of the kernel's holes begin. The limit is each namespace's own."""
+    limit = os.open("user/max_user_namespaces", os.O_WRONLY | os.O_CLOEXEC, dir_fd=sysctl)
+    os.write(limit, b"0")
+    os.close(limit)
+    os.close(sysctl)
 
 
 def _receive(wire: Wire) -> Frame:

@@ -1,30 +1,17 @@
-"""Tests of the jail on the real kernel. Each must leave nothing behind."""
+"""Tests of the jail on the real kernel. `running_jailer` sees to it that each leaves nothing behind."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.support import leftovers
-from tests.support.jailer import RunningJailer, running_jailer
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind() -> Iterator[None]:
-    before = leftovers.count()
-    yield
-    deadline = time.monotonic() + 5.0  # the kernel takes namespaces down in the background
-    while (left := leftovers.count().since(before)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not left
+from tests.support.jailer import RunningJailer, is_root, running_jailer
 
 
 @pytest.fixture
 async def jailer() -> AsyncIterator[RunningJailer]:
-    if os.geteuid() != 0:
+    if not is_root():
         pytest.skip("jails need root")
     async with running_jailer() as jailer:
         yield jailer

@@ -8,7 +8,6 @@ async with running_jailer() as jailer:
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import secrets
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from edge_agent.jail.api import JailSpec
@@ -27,15 +27,18 @@ from edge_agent.jail.cgroups import parent_name
 from edge_agent.jail.client import JailerClient
 from edge_agent.jail.python import base_interpreter
 from shared.resources import Resources
-from tests.support.eventually import eventually
 from tests.support.process import Process
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="jails need root")
+
+def is_root() -> bool:
+    return os.geteuid() == 0
+
+
+needs_root = pytest.mark.skipif(not is_root(), reason="jails need root")
 
 LIMITS = Resources(memory_bytes=128 << 20, cpu_millis=1000, pids=32)
 BUNDLE = "v1"
 _START_SECONDS = 15.0
-_uid_bases = itertools.count(1_900_000_000, 65_536)
 
 # What small agents of tests need to talk: recv() and send() of bytes, recv() None at the end.
 _TALK = """
@@ -69,6 +72,8 @@ class RunningJailer:
     def __init__(self, directory: Path) -> None:
         self.data_dir = directory / "data"
         self.daemon_pid = 0
+        # At random, so that test runs at the same time do not share uids.
+        self._uids = range(base := 1_000_000_000 + secrets.randbelow(10_000) * 65_536, base + 65_536)
         self.jails: JailerClient
         self._config = directory / "edge.toml"
         name = f"roost-test-{secrets.token_hex(8)}"
@@ -80,7 +85,7 @@ class RunningJailer:
         self.process = Process("tests.support.run_jailer", argv, directory / "log")
         self._config.write_text(
             f'node = "test"\ndata_dir = "{self.data_dir}"\n'
-            f'[jailer]\nuid_base = {next(_uid_bases)}\nstop_grace = "5s"\n'
+            f'[jailer]\nuid_base = {self._uids.start}\nstop_grace = "5s"\n'
         )
 
     async def start(self) -> None:
@@ -118,14 +123,30 @@ class RunningJailer:
 
     def cgroups(self) -> list[Path]:
         """The directories of jails in all control group trees."""
+        return [child for p in self._cgroup_parents() for child in p.iterdir() if child.is_dir()]
+
+    def _cgroup_parents(self) -> list[Path]:
         root, name = Path("/sys/fs/cgroup"), parent_name(self.data_dir)
-        parents = [*root.glob(f"*/{name}"), *root.glob(name)]
-        return [child for parent in parents for child in parent.iterdir() if child.is_dir()]
+        return [p for d in (root, *root.iterdir()) if (p := d / name).is_dir()]
 
     def inits(self) -> list[int]:
         """The host's pids of the jails' inits: the jailer's children in another pid namespace."""
         mine = os.readlink("/proc/self/ns/pid")
-        return [p.pid for p in self.process.tree()[1:] if _pid_namespace(p.pid) not in (None, mine)]
+        children = psutil.Process(self.process.pid).children()
+        return [child.pid for child in children if _pid_namespace(child.pid) not in (None, mine)]
+
+    def leftovers(self) -> list[str]:
+        """What a jailer that has ended left on this machine, but for its data directory."""
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        return [
+            *(str(parent) for parent in self._cgroup_parents()),
+            *(f"process {pid}" for pid in self.jailed()),
+            *(f"mount {line}" for line in mounts if str(self.data_dir) in line),
+        ]
+
+    def jailed(self) -> list[int]:
+        """The host's pids of all that runs in its jails: whoever has one of its uids."""
+        return [p.pid for p in psutil.process_iter() if alive(p.pid) and _uid(p.pid) in self._uids]
 
     async def close(self) -> None:
         if hasattr(self, "jails"):
@@ -135,6 +156,21 @@ class RunningJailer:
             await self.process.stop()
 
 
+def alive(pid: int) -> bool:
+    """Does it run? A zombie, whose new parent has not yet reaped it, does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _uid(pid: int) -> int:
+    try:
+        return psutil.Process(pid).uids().real
+    except psutil.NoSuchProcess:
+        return -1
+
+
 def _pid_namespace(pid: int) -> str | None:
     try:
         return os.readlink(f"/proc/{pid}/ns/pid")
@@ -142,10 +178,16 @@ def _pid_namespace(pid: int) -> str | None:
         return None
 
 
+def _new_directory() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="roost-jailer-"))
+    directory.chmod(0o711)  # tests act as the agent on its state
+    return directory
+
+
 @asynccontextmanager
 async def running_jailer() -> AsyncIterator[RunningJailer]:
     """Stopped at the end, with all of its jails; its log is printed for a test that fails."""
-    directory = Path(tempfile.mkdtemp(prefix="roost-jailer-"))
+    directory = _new_directory()
     jailer = RunningJailer(directory)
     try:
         await jailer.start()
@@ -153,5 +195,6 @@ async def running_jailer() -> AsyncIterator[RunningJailer]:
     finally:
         await jailer.close()
         print(jailer.log())
-        await eventually(lambda: not jailer.cgroups(), 5.0, "the control groups were removed")
+        left = jailer.leftovers()
         shutil.rmtree(directory)
+        assert not left, left

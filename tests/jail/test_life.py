@@ -1,0 +1,168 @@
+"""Deaths: of an agent, of the daemon, of the jailer. What must live on does, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from edge_agent.jail.api import JailGone
+from shared.errors import RoostError
+from tests.support.eventually import eventually
+from tests.support.jailer import ECHO, RunningJailer, alive, python, spec
+
+
+async def test_kill_leaves_no_process_cgroup_or_namespace(jailer: RunningJailer) -> None:
+    code = "import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(1000)\nsend(b'.')\n" + ECHO
+    jail = await jailer.jails.make(spec("a", python(code)))
+    await jail.start()
+    await jail.receive()
+    pids = set(jailer.jailed())
+    assert len(pids) == 3
+    namespaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
+    assert len(namespaces) == 1
+    await jail.kill()
+    assert not [pid for pid in pids if alive(pid)]
+    assert not jailer.cgroups()
+    open_fds = await _open_fds(jailer)
+    for i in range(5):
+        await (await jailer.jails.make(spec(f"b{i}", python(ECHO)))).kill()
+    assert await _open_fds(jailer) == open_fds, "the jailer keeps no descriptor of a jail that ended"
+
+
+async def _open_fds(jailer: RunningJailer) -> int:
+    return len(os.listdir(f"/proc/{jailer.process.pid}/fd"))
+
+
+async def test_a_jail_lives_on_when_the_daemon_is_killed_and_is_adopted(jailer: RunningJailer) -> None:
+    code = (
+        "n = 0\nwhile True:\n    recv(); n += 1; open('/state/n', 'w').write(str(n)); send(str(n).encode())"
+    )
+    jail = await jailer.jails.make(spec("a", python(code)))
+    parked = await jailer.jails.make(spec("parked", python(code)))
+    await jail.start()
+    await jail.send(b".")
+    assert await jail.receive() == b"1"
+    old, before = jailer.jails, set(jailer.jailed())
+    os.kill(jailer.daemon_pid, signal.SIGKILL)
+    async with asyncio.timeout(5.0):
+        await old.closed()
+    with pytest.raises(RoostError, match="jailer is gone"):
+        await jail.freeze()
+    jails = await jailer.reconnect()
+    adopted = {j.jail_id: j for j in await jails.adopt()}
+    assert set(adopted) == {"a", "parked"}
+    assert set(jailer.jailed()) == before, "the very same processes"
+    assert await jails.adopt() == [], "once"
+    await adopted["a"].send(b".")
+    assert await adopted["a"].receive() == b"2"
+    assert [e.path for e in await adopted["a"].files.scan()] == ["n"]
+    await adopted["parked"].start()
+    await adopted["parked"].send(b".")
+    assert await adopted["parked"].receive() == b"1"
+    await adopted["a"].kill()
+    assert parked.jail_id == "parked"
+
+
+async def test_a_jail_that_was_left_in_the_midst_of_a_message_is_not_adopted(jailer: RunningJailer) -> None:
+    jail = await jailer.jails.make(spec("a", python("import time\ntime.sleep(1000)")))
+    await jail.start()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await jail.send(bytes(4 << 20))  # more than the socket holds, and nobody reads
+    os.kill(jailer.daemon_pid, signal.SIGKILL)
+    jails = await jailer.reconnect()
+    assert await jails.adopt() == []
+    await eventually(lambda: not jailer.cgroups(), 5.0, "it is gone")
+
+
+async def test_an_end_while_there_is_no_daemon_is_seen_by_the_next(jailer: RunningJailer) -> None:
+    jail = await jailer.jails.make(spec("a", python(ECHO)))
+    await jail.start()
+    os.kill(jailer.daemon_pid, signal.SIGKILL)
+    for pid in jailer.jailed():
+        os.kill(pid, signal.SIGKILL)
+    jails = await jailer.reconnect()
+    await eventually(lambda: not jailer.cgroups(), 5.0, "it is gone")
+    assert await jails.adopt() == []
+    assert await jails.directories() == ["a"]
+
+
+async def test_init_killed_from_outside_ends_the_jail(jailer: RunningJailer) -> None:
+    jail = await jailer.jails.make(spec("a", python(ECHO)))
+    await jail.start()
+    (init,) = jailer.inits()
+    os.kill(init, signal.SIGKILL)
+    async with asyncio.timeout(5.0):
+        with pytest.raises(JailGone) as caught:
+            await jail.receive()
+    assert (caught.value.exit.code, caught.value.exit.out_of_memory) == (-9, False)
+
+
+async def test_hangup_restarts_the_daemon_alone(jailer: RunningJailer) -> None:
+    jail = await jailer.jails.make(spec("a", python(ECHO)))
+    await jail.start()
+    old = jailer.daemon_pid
+    jailer.signal(signal.SIGHUP)
+    jails = await jailer.reconnect()
+    assert jailer.daemon_pid != old
+    (adopted,) = await jails.adopt()
+    await adopted.send(b"still here")
+    assert await adopted.receive() == b"still here"
+    assert "ended with signal" not in jailer.log()
+
+
+async def test_a_stop_ends_everything_and_leaves_the_state(jailer: RunningJailer) -> None:
+    jail = await jailer.jails.make(spec("a", python("open('/state/kept', 'w')\n" + ECHO)))
+    await jail.start()
+    await jail.send(b".")
+    await jail.receive()
+    await jail.freeze()
+    pids = [*jailer.jailed(), jailer.daemon_pid]
+    assert await jailer.process.stop() == 0
+    assert not [pid for pid in pids if alive(pid)]
+    assert not jailer.cgroups()
+    assert (jailer.data_dir / "jails/a/state/kept").exists()
+
+
+async def test_when_the_jailer_is_killed_everything_dies_and_the_next_one_sweeps(
+    jailer: RunningJailer,
+) -> None:
+    running = await jailer.jails.make(spec("running", python("open('/state/kept', 'w')\n" + ECHO)))
+    await running.start()
+    await running.send(b".")
+    await running.receive()
+    inits = jailer.inits()
+    frozen = await jailer.jails.make(spec("frozen", python(ECHO)))
+    await frozen.start()
+    await frozen.freeze()
+    await jailer.jails.make(spec("parked", python(ECHO)))
+    owner = (jailer.data_dir / "jails/running/state").stat().st_uid
+    pids = [*jailer.jailed(), jailer.daemon_pid]
+    jailer.signal(signal.SIGKILL)
+    async with asyncio.timeout(5.0):
+        await jailer.jails.closed()
+    await eventually(lambda: not alive(jailer.daemon_pid), 5.0, "the daemon died with it")
+    await eventually(lambda: not [p for p in inits if alive(p)], 5.0, "the jail died with it")
+    await jailer.process.wait(5.0)
+    assert jailer.cgroups(), "nobody was left to remove them"
+
+    await jailer.start()
+    assert not [pid for pid in pids if alive(pid)], "even the frozen ones"
+    assert not jailer.cgroups()
+    assert await jailer.jails.adopt() == []
+    assert await jailer.jails.directories() == ["frozen", "parked", "running"]
+    again = await jailer.jails.make(spec("running", python(ECHO)))
+    assert [e.path for e in await again.files.scan()] == ["kept"]
+    assert (jailer.data_dir / "jails/running/state").stat().st_uid == owner
+
+
+async def test_two_jailers_on_one_directory_are_refused(jailer: RunningJailer) -> None:
+    other = type(jailer)(jailer.data_dir.parent)
+    await other.process.start()
+    await other.process.wait(20.0)
+    assert "another node runs" in other.log()
+    await other.close()
+    assert await jailer.jails.directories() == []
