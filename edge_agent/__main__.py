@@ -16,10 +16,17 @@ from shared import config, log
 def main() -> None:
     parser = argparse.ArgumentParser(prog="roost-edge", description="A node: runs agents in jails.")
     parser.add_argument("--config", type=Path, required=True, help="the node's edge.toml")
-    file: Path = parser.parse_args().config.resolve()
+    parser.add_argument(
+        "--clean", action="store_true", help="remove what a killed node left (control groups), and exit"
+    )
+    args = parser.parse_args()
+    file: Path = args.config.resolve()
     try:
         edge = config.load_file(EdgeConfig, file)
         log.setup(f"{edge.node} jailer")
+        if args.clean:
+            app.clean(jailer_config(edge, file))
+            return
         daemon_argv = (sys.executable, "-m", "edge_agent.daemon", "--config", str(file))
         app.run(jailer_config(edge, file), daemon_argv)
     except config.ConfigError as error:

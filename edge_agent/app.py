@@ -42,9 +42,7 @@ async def run(config: EdgeConfig, jailer: socket.socket) -> None:
     stop = asyncio.Event()
     server = rpc.server()
     bound = rpc.bind(server, config.listen)
-    capacity = Resources(
-        config.capacity.memory, round(config.capacity.cpu * 1000), config.capacity.pids
-    )
+    capacity = Resources(config.capacity.memory, round(config.capacity.cpu * 1000), config.capacity.pids)
     info = _node_info(config, config.advertise or bound, capacity)
     records = Records(config.data_dir / "daemon" / "records.db")
     discovery = Discovery(config.node, config.site, bound, info.address)
@@ -58,9 +56,10 @@ async def run(config: EdgeConfig, jailer: socket.socket) -> None:
             records=records,
             control=link,
             reservations=Reservations(config.node, capacity),
+            tenure=tenure,
             clock=time.monotonic,
         )
-        supervisor = Supervisor(info, parts, tenure, lambda: [peer.node for peer in discovery.peers])
+        supervisor = Supervisor(info, parts, lambda: [peer.node for peer in discovery.peers])
         await supervisor.adopt()
         _add_services(server, AttachServicer(config.node, supervisor, lambda: link.ticket_keys))
         await server.start()

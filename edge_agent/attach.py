@@ -21,6 +21,7 @@ from shared.rpc import MAX_TURN_BYTES
 log = logging.getLogger(__name__)
 
 _MAX_TURN_ID = 128
+_HINT = "protos/v1/attach.proto says what is sent when"
 
 _Context = grpc.aio.ServicerContext[attach_pb2.AttachRequest, attach_pb2.AttachReply]
 _Replies = AsyncIterator[attach_pb2.AttachReply]
@@ -34,9 +35,7 @@ class AttachServicer(attach_pb2_grpc.AttachServicer):
         self._supervisor = supervisor
         self._ticket_keys = ticket_keys
 
-    async def Attach(
-        self, requests: AsyncIterator[attach_pb2.AttachRequest], context: _Context
-    ) -> _Replies:
+    async def Attach(self, requests: AsyncIterator[attach_pb2.AttachRequest], context: _Context) -> _Replies:
         try:
             async for reply in self._attach(requests):
                 yield reply
@@ -49,13 +48,15 @@ class AttachServicer(attach_pb2_grpc.AttachServicer):
     async def _attach(self, requests: AsyncIterator[attach_pb2.AttachRequest]) -> _Replies:
         first = await anext(aiter(requests), None)
         if first is None or not first.HasField("hello"):
-            raise RoostError(Reason.BAD_REQUEST, "an attach stream begins with a hello that holds a ticket")
+            raise RoostError(Reason.BAD_REQUEST, "an attach stream begins with a hello", _HINT)
         ticket = verify_ticket(first.hello.ticket, self._ticket_keys(), self._node, time.time())
         async with self._supervisor.attached(ticket) as instance:
             yield attach_pb2.AttachReply(attached=attach_pb2.Attached(node=self._node, epoch=instance.epoch))
             async for request in requests:
                 if not request.HasField("turn"):
-                    raise RoostError(Reason.BAD_REQUEST, "after the hello, an attach stream holds only turns")
+                    raise RoostError(
+                        Reason.BAD_REQUEST, "after its hello, an attach stream holds only turns", _HINT
+                    )
                 async for reply in self._turn(instance, request.turn):
                     yield reply
 

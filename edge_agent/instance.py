@@ -29,6 +29,7 @@ from edge_agent.records import NodeRecord, Records
 from edge_agent.reservations import Reservations
 from edge_agent.state.index import Index
 from edge_agent.state.store import StateStore
+from edge_agent.tenure import Tenure
 from edge_agent.turns import Deltas, Turn, run_turn, wait_ready
 from protos.v1 import common_pb2
 from shared.errors import Reason, Remedy, RoostError
@@ -92,6 +93,7 @@ class Parts:
     records: Records
     control: ControlPlane
     reservations: Reservations
+    tenure: Tenure
     clock: Callable[[], float]
 
 
@@ -146,7 +148,7 @@ class Instance:
                 if error.reason is Reason.EPOCH_STALE and self._evicted is None:
                     self._evicted = error.message
                 await self._sleep()
-                raise self._eviction() or error from error
+                raise self._eviction() or self._suspension(error) or error from error
             except BaseException:
                 await self._sleep()
                 raise
@@ -364,6 +366,16 @@ class Instance:
         return RoostError(
             Reason.EPOCH_STALE,
             f"node {self._parts.node} does not own {self.key} any more: {self._evicted}",
+            "resolve again, and send the turn again under the same id",
+        )
+
+    def _suspension(self, error: RoostError) -> RoostError | None:
+        """A node that stood still sees deadlines pass that were nobody's fault: it must not judge by them."""
+        if error.reason is Reason.EPOCH_STALE or self._parts.tenure.trusted(self._parts.clock()):
+            return None
+        return RoostError(
+            Reason.NODE_SUSPENDED,
+            f"node {self._parts.node} lost touch with its coordinator during the turn ({error.message})",
             "resolve again, and send the turn again under the same id",
         )
 

@@ -18,7 +18,6 @@ from edge_agent.control import Agent
 from edge_agent.instance import Done, Instance, Live, Parts
 from edge_agent.jail.api import Jail
 from edge_agent.records import NodeRecord
-from edge_agent.tenure import Tenure
 from edge_agent.turns import Deltas, Turn
 from protos.v1 import common_pb2, link_pb2
 from shared.errors import Reason, RoostError
@@ -37,12 +36,10 @@ def jail_id_of(key: InstanceKey) -> str:
 class Supervisor:
     """Implements `edge_agent.link.Node`."""
 
-    def __init__(
-        self, info: common_pb2.NodeInfo, parts: Parts, tenure: Tenure, peers: Callable[[], list[str]]
-    ) -> None:
+    def __init__(self, info: common_pb2.NodeInfo, parts: Parts, peers: Callable[[], list[str]]) -> None:
         self._info = info
         self._parts = parts
-        self._tenure = tenure
+        self._tenure = parts.tenure
         self._peers = peers
         self._instances: dict[InstanceKey, Instance] = {}
         self._changing: dict[InstanceKey, asyncio.Lock] = {}

@@ -67,20 +67,24 @@ async def wait_ready(jail: Jail, timeout: float) -> None:
 
 
 async def run_turn(jail: Jail, turn: Turn, deltas: Deltas, timeout: float) -> str:
-    """The agent's reply. TURN_FAILED, TURN_TIMEOUT, AGENT_CRASHED or AGENT_OUT_OF_MEMORY otherwise."""
+    """The agent's reply. TURN_FAILED, TURN_TIMEOUT, AGENT_CRASHED or AGENT_OUT_OF_MEMORY otherwise.
+
+    JailGone: the agent had ended before it got this turn.
+    """
     request = {"kind": "turn", "id": turn.id, "user": turn.user, "message": turn.message}
     try:
         async with asyncio.timeout(timeout):
             await jail.send(json.dumps(request).encode())
-            return await _reply(jail, turn.id, deltas)
+            try:
+                return await _reply(jail, turn.id, deltas)
+            except JailGone as gone:
+                raise crash(gone.exit) from gone
     except TimeoutError as error:
         raise RoostError(
             Reason.TURN_TIMEOUT,
             f"the agent did not answer within {timeout:g} s; its state is as it was before this turn",
             "raise run.turn_timeout in agent.toml if it needs longer",
         ) from error
-    except JailGone as gone:
-        raise crash(gone.exit) from gone
 
 
 async def _reply(jail: Jail, turn_id: str, deltas: Deltas) -> str:

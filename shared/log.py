@@ -12,3 +12,4 @@ def setup(who: str, level: str = "INFO") -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who} %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("grpc").setLevel("WARNING")
+    logging.getLogger("etcd3aio").setLevel("ERROR")  # says every second that etcd is down; we say it once

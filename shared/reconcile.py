@@ -61,6 +61,7 @@ class ReconcileLoop:
     async def _one_pass(self, why: str) -> str:
         passes = self.status.passes + 1
         self._wake.clear()
+        before = self.status.error if isinstance(self.status, Waiting) else None
         self.status = Running(passes, why)
         begun = time.monotonic()
         error = None
@@ -68,10 +69,13 @@ class ReconcileLoop:
             await self._reconcile()
         except RoostError as e:
             error = f"{e.reason}: {e.message}"
-            log.warning("%s: %s; the next pass tries again", self.name, error)
+            if before is None:  # once an outage, not once a pass
+                log.warning("%s: %s; tried again in each pass", self.name, error)
         except Exception as e:
             error = repr(e)
             log.exception("%s: a bug in this pass; the next one tries again", self.name)
+        if before is not None and error is None:
+            log.info("%s: works again", self.name)
         self.status = Waiting(passes, why, time.monotonic() - begun, error)
         try:
             async with asyncio.timeout(self._period):

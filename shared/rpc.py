@@ -42,7 +42,7 @@ def server(interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = ()) ->
             *_COMMON,
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.so_reuseport", 0),  # two daemons on one port is a mistake to be told of
-        ]
+        ],
     )
 
 

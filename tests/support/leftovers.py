@@ -54,7 +54,7 @@ def _processes() -> list[str]:
 
 
 def _cgroups() -> list[str]:
-    return [str(path) for path in Path("/sys/fs/cgroup").glob("*/roost*/*") if path.is_dir()] + [
+    return [str(path) for path in Path("/sys/fs/cgroup").glob("*/roost*") if path.is_dir()] + [
         str(path) for path in Path("/sys/fs/cgroup").glob("roost*") if path.is_dir()
     ]
 

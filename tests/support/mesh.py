@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from coordinator.records import SIGNING_KEY, decode_signing_key
+from coordinator.store.etcd import open_etcd
 from protos.v1 import admin_pb2, admin_pb2_grpc, common_pb2, resolver_pb2, resolver_pb2_grpc
 from roost.cli.deploy import _deploy, check
 from roost.client import AsyncClient
@@ -90,12 +92,29 @@ class Mesh:
             reply = await resolver_pb2_grpc.ResolverStub(channel).Resolve(request, timeout=5.0)
         assert reply.epoch == instance.epoch + 1, reply
 
+    async def signing_key(self) -> bytes:
+        """The mesh's private key, as only something with etcd's address can get it."""
+        async with open_etcd([self.etcd.endpoint]) as store:
+            record = await store.get(SIGNING_KEY)
+        assert record is not None
+        return decode_signing_key(record)
+
     def daemon(self, node: str) -> psutil.Process:
         """The node's daemon: the process beside the jailer that is in no jail."""
         for process in self.nodes[node].tree():
             if "edge_agent.daemon" in process.cmdline():
                 return process
         raise AssertionError(f"node {node} has no daemon:\n{self.nodes[node].log()[-2000:]}")
+
+    async def clean(self, node: str) -> None:
+        """What an operator runs after a node was killed and is not to be started again."""
+        cleaner = Process(
+            "edge_agent",
+            ["--config", str(self.directory / f"{node}.toml"), "--clean"],
+            self.directory / "log",
+        )
+        await cleaner.start()
+        await cleaner.wait(20.0)
 
     async def wait_up(self, *names: str, timeout: float = 20.0) -> None:
         async def all_up() -> bool:
@@ -153,6 +172,8 @@ async def running_mesh(
             for process in (*mesh.nodes.values(), *mesh.coordinators):
                 if process.running:
                     await process.stop()
+            for name in mesh.nodes:
+                await mesh.clean(name)
 
 
 def _coordinator(mesh: Mesh, index: int, ttl: float) -> Process:
