@@ -171,8 +171,8 @@ class Ownership:
     async def wake(
         self, key: InstanceKey, node: str, epoch: int, agent_version: str
     ) -> Stored[InstanceRecord]:
-        """The record after an authoritative read, now live. EPOCH_STALE."""
-        return await self._apply(key, lambda c: wake(c, node, epoch, agent_version), trust_recent=False)
+        """The record, now live: read from the store, or compared there when it was written. EPOCH_STALE."""
+        return await self._apply(key, lambda c: wake(c, node, epoch, agent_version))
 
     async def commit(
         self, node: str, key: InstanceKey, epoch: int, version: int, root: str, turn_id: str
@@ -191,13 +191,12 @@ class Ownership:
         self,
         key: InstanceKey,
         transition: Callable[[InstanceRecord | None], InstanceRecord],
-        trust_recent: bool = True,
     ) -> Stored[InstanceRecord]:
         """Applies `transition` to the record, which is read anew whenever another writer was faster.
 
         A refusal, or "it was applied before", is only ever said of what was read from the store.
         """
-        if trust_recent and (done := await self._apply_to_recent(key, transition)):
+        if done := await self._apply_to_recent(key, transition):
             return done
         for _ in range(_ATTEMPTS):
             seen = await self.read(key)

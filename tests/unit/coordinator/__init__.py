@@ -1,0 +1,1 @@
+"""Unit tests of the coordinator: no sleep, no network."""
