@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.config import EdgeConfig
+from shared.config import ConfigError
 
 _NOBODYS = 64_200  # uid and gid of the daemon where there is no user of the configured name
 MAX_SLOTS = 32_768  # jails with a directory; each has two of the 65,536 ids
@@ -51,11 +52,14 @@ class JailerConfig:
 
 
 def jailer_config(edge: EdgeConfig, config_file: Path) -> JailerConfig:
+    """ConfigError if the daemon would be root."""
     try:
         user = pwd.getpwnam(edge.jailer.daemon_user)
         uid, gid = user.pw_uid, user.pw_gid
     except KeyError:
         uid = gid = _NOBODYS
+    if uid == 0:
+        raise ConfigError(f"{config_file}: jailer.daemon_user must not be root: the daemon faces the network")
     return JailerConfig(
         config_file=config_file.resolve(),
         data_dir=edge.data_dir.resolve(),

@@ -1,0 +1,77 @@
+"""edge.toml"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_agent.config import EdgeConfig, PositionConfig, Role
+from edge_agent.jail.config import jailer_config
+from shared import config
+
+SMALLEST = 'node = "a"\ndata_dir = "/var/lib/roost"\n'
+
+
+def _load(text: str) -> EdgeConfig:
+    return config.load(EdgeConfig, text, "edge.toml")
+
+
+def test_the_smallest_one_takes_the_rest_from_the_machine() -> None:
+    edge = _load(SMALLEST)
+    assert (edge.role, edge.listen, edge.mdns, edge.position) == (Role.EDGE, "127.0.0.1:0", True, None)
+    assert edge.capacity.memory > 0
+    assert edge.capacity.cpu >= 1
+    assert edge.capacity.pids > 0
+
+
+def test_all_of_it() -> None:
+    edge = _load(
+        SMALLEST
+        + """
+        site = "shop-12"
+        role = "cloud"
+        listen = "0.0.0.0:7400"
+        advertise = "shop-12.example.org:7400"
+        coordinators = ["10.0.0.1:7300", "[::1]:7300"]
+        mdns = false
+        [position]
+        latitude = 60
+        longitude = 10.5
+        [capacity]
+        memory = "2G"
+        [jailer]
+        uid_base = 1000000
+        daemon_user = "nobody"
+        stop_grace = "5s"
+        """
+    )
+    assert edge.position == PositionConfig(60.0, 10.5)
+    assert edge.capacity.memory == 2 << 30
+    assert edge.capacity.cpu >= 1, "what is not said comes from the machine"
+    jailer = jailer_config(edge, Path("/etc/roost/edge.toml"))
+    assert (jailer.uid_base, jailer.stop_grace) == (1_000_000, 5.0)
+    assert jailer.daemon_uid != 0
+
+
+def test_the_daemon_is_never_root() -> None:
+    with pytest.raises(config.ConfigError, match="daemon_user"):
+        jailer_config(_load(SMALLEST + '[jailer]\ndaemon_user = "root"'), Path("/etc/roost/edge.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ('role = "fog"', "role"),
+        ('listen = "7400"', "host:port"),
+        ('coordinators = ["somewhere"]', "host:port"),
+        ("[position]\nlatitude = 91\nlongitude = 0", "latitude"),
+        ("[jailer]\nuid_base = 0", "uid_base"),
+        ('[jailer]\nstop_grace = "0s"', "stop_grace"),
+        ("[capacity]\npids = 0", "capacity"),
+        ("colour = 1", "unknown key"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, word: str) -> None:
+    with pytest.raises(config.ConfigError, match=word):
+        _load(SMALLEST + text)
