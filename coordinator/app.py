@@ -128,7 +128,7 @@ async def running(config: CoordinatorConfig) -> AsyncIterator[str]:
         server = rpc.server([Guard(lambda: _not_ready(ready[0], config))])
         address = rpc.bind(server, config.listen)
         parts = await _assemble(stack, config, store, blobs, config.advertise or address)
-        ready.append(Readiness(config, parts, config.advertise or address))
+        ready.append(Readiness(config, parts, address))
         await ready[0].tell()
         _add_services(server, store, parts, ready[0])
         services = await stack.enter_async_context(Services())

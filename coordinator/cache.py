@@ -191,12 +191,17 @@ class Cache:
     ) -> None:
         if old is not None:
             self._of_node[old.value.node].pop(old.value.key, None)
-            self._reserved.pop(old.value.node, None)
+            self._count(old.value.node, Resources() - self._need(old.value))
         if new is not None:
             self._of_node[new.value.node][new.value.key] = new.value
-            self._reserved.pop(new.value.node, None)
+            self._count(new.value.node, self._need(new.value))
         if old is not None and new is not None and old.value.node != new.value.node:
             self.on_move(old.value, new.value)
+
+    def _count(self, node: str, change: Resources) -> None:
+        """Keeps a known sum right. Summing anew at each placement would cost more the fuller a node is."""
+        if node in self._reserved:
+            self._reserved[node] += change
 
     def _agent_changed(self, old: Stored[AgentRecord] | None, new: Stored[AgentRecord] | None) -> None:
         self._reserved.clear()

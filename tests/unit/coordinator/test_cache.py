@@ -155,3 +155,25 @@ def test_in_whatever_order_records_come_the_newest_stays(order: list[int]) -> No
     assert cache.instance(KEY) == versions[5]
     assert list(cache.instances_of("b")) == [KEY]
     assert not cache.instances_of("a")
+
+
+moves = st.tuples(
+    st.sampled_from("xyz"), st.sampled_from("ab"), st.sampled_from(Phase), st.integers(100, 300)
+)
+
+
+@given(st.lists(moves, max_size=20))
+def test_a_sum_that_is_kept_equals_one_that_is_made_anew(history: list[tuple[str, str, Phase, int]]) -> None:
+    """Instances move, sleep and wake, and the agent's needs change, in any order."""
+    kept = Cache(MemoryStore())
+    for revision, (user, node, phase, megabytes) in enumerate(history, start=10):
+        agent = AgentRecord("acme", "chef", "v1", POLICY.replace("100M", f"{megabytes}M"), "ab" * 32)
+        if megabytes % 2:
+            kept.agents.learn(agent_key("acme", "chef"), Stored(agent, revision))
+        key = InstanceKey("acme", "chef", user)
+        kept.learn_instance(Stored(instance(key=key, node=node, phase=phase), revision))
+        needed = kept.agent("acme", "chef")
+        for name in "ab":
+            awake = [r for r in kept.instances_of(name).values() if r.phase is not Phase.HIBERNATED]
+            expected = sum((needed.need for _ in awake), Resources()) if needed else Resources()
+            assert kept.reserved(name) == expected
