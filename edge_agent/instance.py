@@ -30,7 +30,7 @@ from edge_agent.reservations import Reservations
 from edge_agent.state.index import Index
 from edge_agent.state.store import StateStore
 from edge_agent.tenure import Tenure
-from edge_agent.turns import Deltas, Turn, run_turn, wait_ready
+from edge_agent.turns import Deltas, Turn, crash, run_turn, wait_ready
 from protos.v1 import common_pb2
 from shared.errors import Reason, Remedy, RoostError
 from shared.identity import InstanceKey
@@ -40,7 +40,6 @@ from shared.manifest import StateManifest
 log = logging.getLogger(__name__)
 
 FETCH_SECONDS = 5.0
-COMMIT_SECONDS = 10.0
 _ATTEMPT_SECONDS = 2.0  # so that an eviction is noticed soon
 TELL_SECONDS = 2.0
 
@@ -95,6 +94,7 @@ class Parts:
     reservations: Reservations
     tenure: Tenure
     clock: Callable[[], float]
+    commit_seconds: float = 10.0  # within which a turn's outcome must be certain
 
 
 class Instance:
@@ -141,9 +141,7 @@ class Instance:
                 return await self._turn(turn, deltas)
             except JailGone as gone:
                 await self._sleep()
-                raise self._eviction() or RoostError(
-                    Reason.AGENT_CRASHED, f"the agent ended between turns, twice: {gone}"
-                ) from gone
+                raise self._eviction() or crash(gone.exit) from gone
             except RoostError as error:
                 if error.reason is Reason.EPOCH_STALE and self._evicted is None:
                     self._evicted = error.message
@@ -211,13 +209,16 @@ class Instance:
     async def _commit(
         self, live: Live, turn: Turn, reply: str, resumed_from: common_pb2.ResumedFrom.ValueType
     ) -> Done:
-        async with self.freezer.frozen("capture"):
-            captured = await self._parts.state.capture(live.jail.files, live.index)
+        try:
+            async with self.freezer.frozen("capture"):
+                captured = await self._parts.state.capture(live.jail.files, live.index)
+        except JailGone as gone:  # it replied and ended, before its files could be read
+            raise crash(gone.exit) from gone
         base = live.manifest
         manifest = replace(base, epoch=self.epoch, version=base.version + 1, nodes=captured.nodes).with_turn(
             turn.id, reply
         )
-        deadline = asyncio.get_running_loop().time() + COMMIT_SECONDS
+        deadline = asyncio.get_running_loop().time() + self._parts.commit_seconds
         try:
             root, index = await self._until(deadline, lambda _: self._parts.state.upload(captured, manifest))
             await self._until(

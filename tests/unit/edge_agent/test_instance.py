@@ -1,0 +1,302 @@
+"""One instance's life, with every part but the instance itself a fake: no process, no network, no waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from edge_agent.instance import Asleep, Done, Instance, Live, Lost, Parts
+from edge_agent.records import Records
+from edge_agent.reservations import Reservations
+from edge_agent.state.blobs import MemoryBlobs
+from edge_agent.state.bundles import BundleStore
+from edge_agent.state.chunks import ChunkStore
+from edge_agent.state.store import StateStore
+from edge_agent.tenure import Tenure
+from edge_agent.turns import Deltas, Turn
+from protos.v1 import common_pb2
+from shared.errors import Reason, RoostError
+from shared.identity import InstanceKey
+from shared.resources import Resources
+from tests.support.fake_control import AGENT, FakeControl, Owned
+from tests.support.fake_jails import AgentExit, FakeAgent, FakeJails
+
+KEY = InstanceKey("default", "probe", "ana")
+CAPACITY = Resources(1 << 30, 8000, 1000)
+
+
+async def program(agent: FakeAgent) -> None:
+    """Appends each message as a line to a file, and replies with all of them."""
+    await agent.send(b'{"kind": "ready"}')
+    while True:
+        turn = json.loads(await agent.receive())
+        lines = agent.state / "lines"
+        with lines.open("a") as f:
+            f.write(turn["message"] + "\n")
+        match turn["message"].split():
+            case ["hang"]:
+                await agent.hang()
+            case ["exit"]:
+                raise AgentExit(7)
+            case ["fail"]:
+                answer = {"kind": "error", "id": turn["id"], "message": "told to"}
+            case _:
+                answer = {"kind": "reply", "id": turn["id"], "text": ",".join(lines.read_text().split())}
+        await agent.send(json.dumps(answer).encode())
+        if turn["message"] == "leave":
+            return
+
+
+@dataclass
+class Bench:
+    parts: Parts
+    control: FakeControl
+    jails: FakeJails
+    blobs: MemoryBlobs
+    now: list[float]
+
+    def instance(self, epoch: int = 1) -> Instance:
+        return Instance(KEY, epoch, "probe-ana", self.parts)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    now = [0.0]
+    control = FakeControl({KEY: Owned(epoch=1)})
+    jails = FakeJails(tmp_path / "jails", program)
+    blobs = MemoryBlobs()
+    chunks = ChunkStore(tmp_path / "chunks")
+    bundles = BundleStore(tmp_path / "bundles", chunks, blobs)
+    (tmp_path / "bundles" / AGENT.version).mkdir(parents=True)
+    tenure = Tenure()
+    tenure.welcomed(0.0, 1e9)
+    records = Records(tmp_path / "records.db")
+    parts = Parts(
+        "edge-1",
+        jails,
+        StateStore(chunks, blobs, bundles),
+        records,
+        control,
+        Reservations("edge-1", CAPACITY),
+        tenure,
+        lambda: now[0],
+        commit_seconds=0.1,
+    )
+    yield Bench(parts, control, jails, blobs, now)
+    await jails.close()
+    records.close()
+
+
+async def say(instance: Instance, message: str, id: str = "") -> Done:
+    return await instance.turn(Turn(id or message, "ana", message), Deltas())
+
+
+async def refused(instance: Instance, message: str, id: str = "") -> Reason:
+    with pytest.raises(RoostError) as caught:
+        await say(instance, message, id)
+    return caught.value.reason
+
+
+async def test_a_first_turn_then_a_second(bench: Bench) -> None:
+    ana = bench.instance()
+    first = await say(ana, "one")
+    assert (first.reply, first.receipt.version) == ("one", 1)
+    assert first.receipt.resumed_from == common_pb2.NEW
+    second = await say(ana, "two")
+    assert (second.reply, second.receipt.version, second.receipt.resumed_version) == ("one,two", 2, 1)
+    assert second.receipt.resumed_from == common_pb2.LIVE
+    assert bench.control.owned[KEY].version == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("fail", Reason.TURN_FAILED),
+        ("exit", Reason.AGENT_CRASHED),
+        ("hang", Reason.TURN_TIMEOUT),
+    ],
+)
+async def test_a_turn_that_fails_leaves_no_trace(bench: Bench, message: str, reason: Reason) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    assert await refused(ana, message) is reason
+    assert isinstance(ana.state, Asleep)
+    assert not bench.jails.running
+    assert bench.parts.reservations.total(0.0) == Resources()
+    again = await say(ana, "two")
+    assert again.reply == "one,two"
+    assert again.receipt.resumed_from == common_pb2.DISK
+
+
+async def test_the_same_turn_again_is_answered_from_the_record(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one", "t1")
+    await say(ana, "two", "t2")
+    again = await say(ana, "one", "t1")
+    assert (again.reply, again.receipt.replayed, again.receipt.version) == ("one", True, 2)
+    # Also when nothing runs: then no jail is made for it.
+    await ana._sleep()
+    assert (await say(ana, "one", "t1")).receipt.replayed
+    assert not bench.jails.running
+    assert bench.control.commits == ["t1", "t2"]
+
+
+async def test_an_agent_that_ends_between_turns_is_started_again(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    bench.jails.running["probe-ana"].crash(0)
+    assert (await say(ana, "two")).reply == "one,two"
+    assert await refused(ana, "leave") is Reason.AGENT_CRASHED  # before what it did could be committed
+    assert (await say(ana, "three")).reply == "one,two,three"
+
+
+async def test_a_commit_whose_answer_is_lost_is_applied_once(bench: Bench) -> None:
+    ana = bench.instance()
+    bench.control.lost_answers = 1
+    assert (await say(ana, "one")).receipt.version == 1
+    assert bench.control.commits == ["one"]
+
+
+async def test_no_coordinator_means_not_committed_and_then_exactly_once(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    bench.control.lost_answers = 99  # it is applied each time, and each answer is lost
+    assert await refused(ana, "two", "t2") is Reason.TURN_NOT_COMMITTED
+    assert not bench.jails.running
+    bench.control.lost_answers = 0
+    again = await say(ana, "two", "t2")
+    assert (again.reply, again.receipt.replayed, again.receipt.version) == ("one,two", True, 2)
+    bench.blobs.down = True  # nothing is applied
+    assert await refused(ana, "three", "t3") is Reason.TURN_NOT_COMMITTED
+    bench.blobs.down = False
+    again = await say(ana, "three", "t3")
+    assert (again.reply, again.receipt.replayed) == ("one,two,three", False)
+
+
+async def test_a_commit_with_an_old_epoch_kills_the_jail(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    bench.control.owned[KEY] = Owned(epoch=2, version=1, root=bench.control.owned[KEY].root)
+    assert await refused(ana, "two") is Reason.EPOCH_STALE
+    assert not bench.jails.running
+    assert ana.evicted
+    assert await refused(ana, "two") is Reason.EPOCH_STALE
+    assert bench.control.commits == ["one"]
+
+
+async def test_eviction_in_the_middle_of_a_turn(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    turn = asyncio.create_task(refused(ana, "hang"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    await ana.evict("edge-2 owns it now")
+    assert await turn is Reason.EPOCH_STALE
+    assert ana.state == Lost("edge-2 owns it now")
+    assert not bench.jails.running
+    assert await bench.jails.directories() == []
+    assert bench.parts.records.all() == []
+
+
+async def test_what_another_node_committed_is_fetched(bench: Bench, tmp_path: Path) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    root = bench.control.owned[KEY].root
+    await ana.evict("moved")
+    for chunk in (tmp_path / "chunks").rglob("*"):
+        if chunk.is_file():
+            chunk.unlink()
+    bench.control.owned[KEY] = Owned(epoch=2, version=1, root=root)
+    moved = await say(bench.instance(epoch=2), "two")
+    assert (moved.reply, moved.receipt.epoch, moved.receipt.version) == ("one,two", 2, 2)
+    assert moved.receipt.resumed_from == common_pb2.BLOBS
+
+
+async def test_what_can_not_be_restored_is_refused_and_not_forgotten(bench: Bench, tmp_path: Path) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    await ana.evict("moved")
+    root = bench.control.owned[KEY].root
+    bench.control.owned[KEY] = Owned(epoch=2, version=1, root=root)
+    for chunk in (tmp_path / "chunks").rglob("*"):
+        if chunk.is_file():
+            chunk.unlink()
+    kept = dict(bench.blobs.kept)
+    for hash in kept:
+        bench.blobs.kept = {h: data for h, data in kept.items() if h != hash}
+        assert await refused(bench.instance(epoch=2), "two") is Reason.RESTORE_INCOMPLETE
+        for chunk in (tmp_path / "chunks").rglob("*"):
+            if chunk.is_file():
+                chunk.unlink()
+    assert not bench.jails.running
+    bench.blobs.kept = kept
+    assert (await say(bench.instance(epoch=2), "two")).reply == "one,two"
+
+
+async def test_no_room_is_said_and_leaves_nothing(bench: Bench) -> None:
+    bench.parts.reservations.claim(InstanceKey("default", "probe", "ben"), CAPACITY, 0.0)
+    assert await refused(bench.instance(), "one") is Reason.NODE_FULL
+    assert not bench.jails.running
+
+
+async def test_a_jail_that_can_not_be_made(bench: Bench) -> None:
+    bench.jails.refusals.append(RoostError(Reason.JAIL_FAILED, "mount /proc: no", "ask the kernel"))
+    ana = bench.instance()
+    assert await refused(ana, "one") is Reason.JAIL_FAILED
+    assert bench.parts.reservations.total(0.0) == Resources()
+    assert (await say(ana, "one")).reply == "one"
+
+
+async def test_the_idle_hibernate_and_the_coordinator_hears_of_it(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    assert not await ana.hibernate_if_idle(9.9)
+    assert await ana.hibernate_if_idle(10.0)
+    assert not bench.jails.running
+    bench.control.down = True
+    with pytest.raises(RoostError):
+        await ana.tell()
+    bench.control.down = False
+    await ana.tell()
+    assert bench.control.asleep == {KEY}
+    assert ana.forgettable
+    assert (await say(ana, "two")).receipt.resumed_from == common_pb2.DISK
+    assert not bench.control.asleep
+
+
+async def test_a_node_out_of_touch_blames_itself_and_not_the_agent(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    bench.now[0] = 1e9  # long past its tenure
+    assert await refused(ana, "hang") is Reason.NODE_SUSPENDED
+
+
+async def test_turns_are_serial(bench: Bench) -> None:
+    ana = bench.instance()
+    done = await asyncio.gather(*(say(ana, f"m{i}") for i in range(5)))
+    assert [d.receipt.version for d in done] == [1, 2, 3, 4, 5]
+    assert done[-1].reply == "m0,m1,m2,m3,m4"
+
+
+async def test_a_restarted_daemon_adopts_what_was_between_turns(bench: Bench) -> None:
+    await say(bench.instance(), "one")
+    (jail,) = await bench.jails.adopt()
+    record = bench.parts.records.get("probe-ana")
+    assert record is not None
+    assert not record.busy
+    successor = bench.instance()
+    await successor.adopt(jail, record)
+    assert isinstance(successor.state, Live)
+    assert (await say(successor, "two")).reply == "one,two"
+    turn = asyncio.create_task(refused(successor, "hang"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    middle = bench.parts.records.get("probe-ana")
+    assert middle is not None
+    assert middle.busy  # a third daemon would not adopt it now
+    await turn
