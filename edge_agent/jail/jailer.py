@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _PAGE = 1000  # ids of directories in one answer
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 10.0
+_LAST_WORDS = 3.0  # seconds from the end of a daemon's socket to its own
 _LIVED_WELL = 30.0  # seconds after which a daemon's end counts as the first one
 
 
@@ -129,14 +130,15 @@ class Jailer:
                 frame.close()
                 self._take(frame.body)
         except Closed:
-            self._break_with(daemon, "closed its socket")
+            self._loop.unwatch(daemon.wire)  # it ends; how, its exit code will tell
+            self._loop.after(_LAST_WORDS, lambda: self._break_with(daemon, "closed its socket but goes on"))
         except Garbage as error:
+            self._loop.unwatch(daemon.wire)
             self._break_with(daemon, f"sent {error}")
 
     def _break_with(self, daemon: DaemonProcess, why: str) -> None:
         """A daemon that can't be talked to is of no use: the next one adopts its jails."""
-        self._loop.unwatch(daemon.wire)
-        if not daemon.asked_to_end:
+        if self._daemon is daemon and not daemon.asked_to_end:
             log.warning("the daemon %s, and is killed", why)
             os.kill(daemon.pid, signal.SIGKILL)
 

@@ -159,6 +159,37 @@ async def test_when_the_jailer_is_killed_everything_dies_and_the_next_one_sweeps
     assert (jailer.data_dir / "jails/running/state").stat().st_uid == owner
 
 
+@pytest.mark.parametrize("after", [0.0, 0.002, 0.006, 0.01, 0.015, 0.02, 0.03])
+async def test_no_init_survives_a_jailer_that_dies_while_it_makes_jails(
+    jailer: RunningJailer, after: float
+) -> None:
+    making = [asyncio.create_task(jailer.jails.make(spec(f"jail-{i}", python(ECHO)))) for i in range(4)]
+    await asyncio.sleep(after)
+    jailer.signal(signal.SIGKILL)
+    await asyncio.gather(*making, return_exceptions=True)
+    await eventually(lambda: not jailer.forked(), 5.0, "all are gone")
+    await jailer.process.wait(5.0)
+    await jailer.start()
+    assert not jailer.cgroups()
+    assert await jailer.jails.adopt() == []
+    again = await jailer.jails.make(spec("jail-3", python(ECHO)))
+    await again.start()
+    await again.send(b"still")
+    assert await again.receive() == b"still"
+
+
+async def test_many_are_made_at_once(jailer: RunningJailer) -> None:
+    specs = [spec(f"jail-{i}", python(ECHO)) for i in range(12)]
+    jails = await asyncio.gather(*(jailer.jails.make(s) for s in specs))
+    await asyncio.gather(*(jail.start() for jail in jails))
+    for jail in jails:
+        await jail.send(jail.jail_id.encode())
+    assert [await jail.receive() for jail in jails] == [s.jail_id.encode() for s in specs]
+    exits = await asyncio.gather(*(jail.kill() for jail in jails))
+    assert {exit.code for exit in exits} == {-9}
+    assert not jailer.cgroups()
+
+
 async def test_two_jailers_on_one_directory_are_refused(jailer: RunningJailer) -> None:
     other = type(jailer)(jailer.data_dir.parent)
     await other.process.start()

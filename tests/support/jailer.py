@@ -140,9 +140,13 @@ class RunningJailer:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         return [
             *(str(parent) for parent in self._cgroup_parents()),
-            *(f"process {pid}" for pid in self.jailed()),
+            *(f"process {pid}" for pid in {*self.jailed(), *self.forked()}),
             *(f"mount {line}" for line in mounts if str(self.data_dir) in line),
         ]
+
+    def forked(self) -> list[int]:
+        """It and those that it forked and that have executed nothing since: inits, in whatever state."""
+        return [p.pid for p in psutil.process_iter() if alive(p.pid) and str(self._config) in _command(p)]
 
     def jailed(self) -> list[int]:
         """The host's pids of all that runs in its jails: whoever has one of its uids."""
@@ -162,6 +166,13 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _uid(pid: int) -> int:
