@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from edge_agent.jail.cgroups import parent_name
+
 _MODULES = ("edge_agent", "edge_agent.daemon", "coordinator", "roost.cli.main")
 
 
@@ -66,3 +68,8 @@ def _network_namespaces() -> list[str]:
             with suppress(OSError):
                 found.add(os.readlink(f"/proc/{pid}/ns/net"))
     return sorted(found)
+
+
+def jail_groups(data_dir: Path) -> list[Path]:
+    """The control groups of the jails of the node whose data is in `data_dir`."""
+    return [path for path in Path("/sys/fs/cgroup").glob(f"*/{parent_name(data_dir)}/*") if path.is_dir()]

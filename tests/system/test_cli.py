@@ -8,6 +8,7 @@ import os
 import pty
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 
 from protos.v1 import admin_pb2, common_pb2
 from shared.errors import Reason, RoostError
-from tests.support.fake_mesh import FakeCoordinator, FakeMesh, FakeNode, dying, failing
+from tests.support.eventually import eventually
+from tests.support.fake_mesh import FakeCoordinator, FakeMesh, FakeNode, dying, failing, silent
 
 HELLO = Path(__file__).parents[2] / "examples" / "hello"
 
@@ -157,6 +159,30 @@ async def test_a_conversation_over_a_pipe_answers_line_by_line(cli: Cli) -> None
     assert result.code == 1
 
 
+async def test_a_conversation_on_a_terminal_shows_replies_and_receipts(cli: Cli) -> None:
+    cli.north.script.append(dying)
+    async with terminal(cli, "chat", "chef", "--user", "ana") as screen:
+        await screen.shows("Ctrl-D ends it")
+        screen.type("hello\n")
+        await screen.shows("HELLO")
+        await screen.shows("south · epoch 1 · state version 1 · resumed from new")
+        screen.type("again\n")
+        await screen.shows("AGAIN")
+        screen.type("\x04")
+        assert await screen.ended() == 0
+
+
+async def test_an_interrupt_ends_a_turn_that_hangs(cli: Cli) -> None:
+    cli.north.script.append(silent)
+    async with terminal(cli, "chat", "chef", "--user", "ana") as screen:
+        await screen.shows("Ctrl-D ends it")
+        screen.type("hello\n")
+        await eventually(lambda: cli.north.turns, 10)
+        screen.type("\x03")
+        assert await screen.ended() == 130
+        assert "Traceback" not in screen.text
+
+
 async def test_an_error_has_a_message_a_hint_and_an_exit_code(cli: Cli) -> None:
     cli.coordinator.refusals.append(
         RoostError(Reason.AGENT_UNKNOWN, "no agent chef is deployed", "roost deploy DIR")
@@ -260,10 +286,11 @@ async def test_status_is_plain_columns_for_programs(cli: Cli) -> None:
 
 
 async def test_status_on_a_terminal_is_a_table_that_no_agent_can_steer(cli: Cli) -> None:
-    out = await on_terminal(cli, "status")
-    assert "north" in out
-    assert "██" in out
-    assert "nearest with room [31m" in " ".join(out.split())
+    async with terminal(cli, "status") as screen:
+        await screen.shows("nearest with room [31m")
+        await screen.shows("chef")
+        assert await screen.ended() == 0
+        assert "██░░" in screen.text
 
 
 async def test_nodes_tells_addresses_and_peers(cli: Cli) -> None:
@@ -304,27 +331,12 @@ async def test_top_needs_a_terminal(cli: Cli) -> None:
 
 
 async def test_top_shows_its_age_when_the_coordinator_is_gone_and_q_leaves(cli: Cli) -> None:
-    main, sub = pty.openpty()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "roost.cli.main",
-        "--coordinator",
-        cli.coordinator.address,
-        "top",
-        stdin=sub,
-        stdout=sub,
-        stderr=sub,
-        env=cli.env(),
-    )
-    os.close(sub)
-    screen = Screen(main)
-    await screen.shows("nearest with room")
-    await cli.coordinator.stop()
-    await screen.shows("s old")
-    os.write(main, b"q")
-    assert await asyncio.wait_for(process.wait(), 10) == 0
-    screen.close()
+    async with terminal(cli, "top") as screen:
+        await screen.shows("nearest with room")
+        await cli.coordinator.stop()
+        await screen.shows("s old")
+        screen.type("q")
+        assert await screen.ended() == 0
 
 
 # --- deploy --------------------------------------------------------------------------------------
@@ -394,61 +406,54 @@ async def test_logs_of_one_and_of_all(cli: Cli) -> None:
 
 
 class Screen:
-    """What a program writes to its terminal."""
+    """A program on a terminal of its own: what it writes, and what is typed to it."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, process: asyncio.subprocess.Process) -> None:
+        self.text = ""
         self._fd = fd
-        self._text = ""
-        self._more = asyncio.Event()
+        self._process = process
         asyncio.get_running_loop().add_reader(fd, self._read)
 
-    async def shows(self, text: str, timeout: float = 20) -> str:
-        async with asyncio.timeout(timeout):
-            while text not in self._text:
-                self._more.clear()
-                await self._more.wait()
-        return self._text
+    def type(self, keys: str) -> None:
+        os.write(self._fd, keys.encode())
 
-    async def end(self, timeout: float = 20) -> str:
-        async with asyncio.timeout(timeout):
-            while self._fd >= 0:
-                self._more.clear()
-                await self._more.wait()
-        return self._text
+    async def shows(self, text: str) -> None:
+        await eventually(lambda: text in self.text, 20, f"{text!r} on the screen")
+
+    async def ended(self) -> int:
+        return await asyncio.wait_for(self._process.wait(), 20)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            asyncio.get_running_loop().remove_reader(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+        if self._process.returncode is None:
+            self._process.kill()
+        asyncio.get_running_loop().remove_reader(self._fd)
+        os.close(self._fd)
 
     def _read(self) -> None:
         try:
-            data = os.read(self._fd, 65536)
-        except OSError:  # the other side has closed
-            data = b""
-        self._text += data.decode(errors="replace")
-        if not data:
-            self.close()
-        self._more.set()
+            self.text += os.read(self._fd, 65536).decode(errors="replace")
+        except OSError:  # the program has closed its side
+            asyncio.get_running_loop().remove_reader(self._fd)
 
 
-async def on_terminal(cli: Cli, *args: str) -> str:
+@asynccontextmanager
+async def terminal(cli: Cli, *args: str) -> AsyncIterator[Screen]:
     main, sub = pty.openpty()
+    command = [sys.executable, "-m", "roost.cli.main", "--coordinator", cli.coordinator.address, *args]
+    # By way of setsid, so that the terminal is its own, and Ctrl-C typed there reaches it.
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "roost.cli.main",
-        "--coordinator",
-        cli.coordinator.address,
-        *args,
-        stdin=asyncio.subprocess.DEVNULL,
+        "setsid",
+        "--ctty",
+        *command,
+        stdin=sub,
         stdout=sub,
         stderr=sub,
         env={**cli.env(), "COLUMNS": "160"},
     )
     os.close(sub)
-    screen = Screen(main)
-    text = await screen.end()
-    assert await asyncio.wait_for(process.wait(), 10) == 0, text
-    return text
+    screen = Screen(main, process)
+    try:
+        yield screen
+    finally:
+        screen.close()
+        await process.wait()

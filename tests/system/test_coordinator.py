@@ -272,6 +272,29 @@ async def _suspect(caller: Caller, node: str) -> bool:
     return (await caller.node(node)).state == "suspect"
 
 
+async def test_a_placement_that_nobody_comes_for_frees_its_room(
+    etcd: Etcd, tmp_path: Path, stack: AsyncExitStack
+) -> None:
+    settings = config("c1", etcd.endpoint, tmp_path, ticket_lifetime=1.0)
+    caller = await stack.enter_async_context(in_process(settings))
+    await caller.deploy()
+    small = FakeNode("small", [caller.address], capacity=Resources(100 << 20, 10_000, 100))
+    await up(stack, caller, small)
+    await caller.resolve("ana")
+    with pytest.raises(RoostError) as caught:
+        await caller.resolve("bob")
+    assert reason(caught) is Reason.NO_ROOM
+
+    async def freed() -> bool:
+        return (await caller.instance("ana")).phase == "hibernated"
+
+    await eventually(freed, 5)
+    assert (await caller.resolve("bob")).node == "small"
+    await small.fetch(key("bob"), 1)
+    await asyncio.sleep(2.0)
+    assert (await caller.instance("bob")).phase == "live", "one that is used stays as it is"
+
+
 # --- links -----------------------------------------------------------------------------------------
 
 

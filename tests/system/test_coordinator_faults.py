@@ -116,7 +116,7 @@ async def test_moves_that_race_with_commits_never_give_an_epoch_two_owners(
         while len(owners) < 40:
             owner = owners[max(owners)]
             reply = await caller.resolve("ana", exclude=[owner])
-            assert owners.setdefault(reply.epoch, reply.node) == reply.node
+            assert owners.setdefault(reply.epoch, reply.node) == reply.node, "an epoch with two owners"
             await asyncio.sleep(0.005)
 
     async with asyncio.timeout(60):
