@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-_PR_SET_PDEATHSIG = 1
 
 
 def started_at(pid: int) -> int | None:
@@ -45,19 +42,6 @@ def stop(pid: int, started: int, timeout: float) -> bool:
         raise TimeoutError(f"process {pid} can't be killed")
     finally:
         os.close(fd)
-
-
-def die_with_parent() -> Callable[[], None]:
-    """What a child calls before exec so that it gets SIGTERM when the thread that made it ends."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork
-    parent = os.getpid()
-
-    def arrange() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before it could be tied to us
-            os._exit(1)
-
-    return arrange
 
 
 def tail(path: Path, lines: int) -> list[str]:

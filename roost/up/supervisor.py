@@ -12,11 +12,13 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from roost.up import tied
 from roost.up.layout import Process
-from roost.up.processes import die_with_parent, started_at, tail
+from roost.up.processes import started_at, tail
 from roost.up.record import ProcessRecord
 from shared.errors import Reason, RoostError
 
@@ -96,13 +98,12 @@ class Supervisor:
             os.replace(spec.log, spec.log.with_suffix(".log.old"))
         with spec.log.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *spec.argv,
+                *_tied(spec.argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **spec.env},
                 process_group=0,  # a Ctrl-C at the terminal is for `roost up`, which stops them in order
-                preexec_fn=die_with_parent(),
             )
         child = _Child(spec, process, started_at(process.pid) or 0)
         self._children.append(child)
@@ -137,6 +138,10 @@ class Supervisor:
                 break
         if child.watch is None:  # otherwise the watch sees to it, or has done so long ago
             _kill_group(child.process.pid)
+
+
+def _tied(argv: Sequence[str]) -> tuple[str, ...]:
+    return (sys.executable, "-S", "-E", tied.__file__, str(os.getpid()), *argv)
 
 
 def _kill_group(leader: int) -> None:
