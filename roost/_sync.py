@@ -34,8 +34,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._loop.run(self._client.close())
-        self._loop.stop()
+        if not self._loop.stopped:
+            self._loop.run(self._client.close())
+            self._loop.stop()
 
     def attach(self, agent: str, user: str) -> Chat:
         return Chat(self._client.attach(agent, user), self._loop)
@@ -99,6 +100,10 @@ class _LoopThread:
             if future.cancel():  # the caller was interrupted, and the coroutine still runs
                 finished.wait(_CANCEL_TIMEOUT)
             raise
+
+    @property
+    def stopped(self) -> bool:
+        return self._loop.is_closed()
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -110,8 +110,6 @@ class Agent:
 
 def main(entry: str) -> NoReturn:
     """Runs the agent that `entry`, `module:object`, names. Exits with 3 if it can't be imported."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         agent = _load(entry)
     except (Exception, SystemExit):

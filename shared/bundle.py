@@ -19,7 +19,7 @@ from shared.units import format_size
 MAX_BYTES = 64 << 20
 MAX_FILES = 10_000
 
-_IGNORED = frozenset({".git", ".venv", "__pycache__"})
+_IGNORED = frozenset({".git", ".roost-state", ".venv", "__pycache__"})
 _IGNORED_SUFFIX = ".pyc"
 
 

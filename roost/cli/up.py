@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             pass  # told here, where somebody reads it; the one in the background asks again
         return _detach(data)
     with only_one(LOCK):
-        data.mkdir(parents=True, exist_ok=True)
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)  # users' state will be in it
         stale = record.read(data)
         if stale is not None:
             clear_strays(stale)
@@ -155,7 +155,7 @@ def _summary(data: Path, running: Record) -> None:
     console.print(Text("Roost is up.", "bold green"))
     for process in running.processes:
         console.print(f"  {process.name:<12} [dim]{process.address}, process {process.pid}[/dim]")
-    if data != data_dir():
+    if data != data_dir() or "SUDO_USER" in os.environ:  # then clients look elsewhere
         addresses = ",".join(running.coordinators)
         console.print(f"Clients find it with: export {COORDINATORS_VARIABLE}={addresses}")
     console.print("Next: [bold]roost deploy examples/hello && roost chat hello --user ana[/bold]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from quantities import Amount, parse_item, singular
 
 from roost import Turn
 from roost.cli.deploy import check
+from shared.bundle import pack
 
 # --- sentences -----------------------------------------------------------------------------------
 
@@ -232,3 +234,9 @@ def test_what_it_does_not_understand_it_says(tell: Tell) -> None:
 def test_the_examples_can_be_deployed(name: str) -> None:
     _, policy = check(Path(__file__).parents[3] / "examples" / name)
     assert policy.agent.name == name
+
+
+def test_the_state_of_a_local_try_is_not_deployed(tmp_path: Path) -> None:
+    (tmp_path / ".roost-state").mkdir()
+    (tmp_path / ".roost-state" / "chef.db").write_text("private")
+    assert pack(tmp_path).root == pack(Path(tempfile.mkdtemp(dir=tmp_path.parent))).root

@@ -1,0 +1,60 @@
+"""The pages for developers say what is so."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from shared.config import Duration, Size
+from shared.policy import AgentSection, ResourcesSection, RunSection, parse_policy
+from shared.units import parse_duration, parse_size
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "agent-toml.md").read_text()
+SECTIONS = {"agent": AgentSection, "run": RunSection, "resources": ResourcesSection}
+
+
+def rows(section: str) -> dict[str, str]:
+    """Key to default, as the section's table has them."""
+    text = PAGE.split(f"## [{section}]")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_page_lists_every_key_with_its_default(section: str) -> None:
+    told = rows(section)
+    fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+    assert list(told) == list(fields)
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING:
+            assert told[name] == "required"
+        else:
+            assert value(told[name].strip("`"), str(field.type)) == field.default
+
+
+def value(text: str, kind: str) -> object:
+    bare = text.strip('"')
+    readers = {
+        Duration.__name__: parse_duration,
+        Size.__name__: parse_size,
+        "str": str,
+        "float": float,
+        "int": int,
+    }
+    return readers[kind](bare)
+
+
+def test_its_example_has_every_key_and_is_valid() -> None:
+    example = PAGE.split("```toml\n")[1].split("```")[0]
+    parse_policy(example)
+    for section in SECTIONS.values():
+        for field in dataclasses.fields(section):
+            assert re.search(rf"^{field.name} = ", example, re.MULTILINE), field.name
+
+
+def test_the_first_agent_on_the_page_is_the_example() -> None:
+    page = (ROOT / "docs" / "first-agent.md").read_text()
+    assert (ROOT / "examples" / "hello" / "hello.py").read_text() in page
