@@ -32,6 +32,7 @@ from coordinator.services.resolver import ResolverServicer
 from coordinator.store.base import Store
 from coordinator.store.etcd import open_etcd
 from coordinator.tickets import Tickets
+from coordinator.unused import UnusedPlacements
 from protos.v1 import (
     admin_pb2_grpc,
     blobs_pb2_grpc,
@@ -63,6 +64,7 @@ class Parts:
     ownership: Ownership
     resolving: Resolving
     tickets: Tickets
+    unused: UnusedPlacements
     blobs: BlobStore
     timing: Timing
 
@@ -157,8 +159,9 @@ async def _assemble(
     reach = await stack.enter_async_context(open_reach(registry, cache))
     # A node keeps room for as long as the ticket that leads to it is of use.
     resolving = Resolving(store, cache, ownership, reach, hold=config.ticket_lifetime)
+    unused = UnusedPlacements(cache, registry, ownership, config.ticket_lifetime, time.monotonic)
     tickets = Tickets(store, config.ticket_lifetime, time.time)
-    return Parts(cache, presence, registry, ownership, resolving, tickets, blobs, timing)
+    return Parts(cache, presence, registry, ownership, resolving, tickets, unused, blobs, timing)
 
 
 def _add_services(server: grpc.aio.Server, store: Store, parts: Parts, ready: Readiness) -> None:
@@ -181,6 +184,7 @@ def _start(services: Services, config: CoordinatorConfig, parts: Parts, ready: R
         # Often enough that a renewal which times out can be made good before the lease is over.
         ReconcileLoop("presence", parts.presence.keep, config.lease_ttl / 4),
         ReconcileLoop("registry", parts.registry.reconcile, config.heartbeat),
+        ReconcileLoop("unused placements", parts.unused.reconcile, config.ticket_lifetime / 4),
         ReconcileLoop("health", ready.tell, min(0.25, config.heartbeat)),
     )
     for loop in loops:

@@ -28,6 +28,7 @@ class Presence:
         self._ttl = ttl
         self._clock = clock
         self._lease = 0
+        self._left = False
         self._renewed = -math.inf
 
     def vouches(self, now: float) -> bool:
@@ -35,6 +36,8 @@ class Presence:
 
     async def keep(self) -> None:
         """Renews the lease, or gets a new one and registers anew. STORE_UNAVAILABLE: call it again."""
+        if self._left:
+            return
         sent = self._clock()
         timeout = self._ttl / 3
         if not self._lease or not await self._store.keep_alive(self._lease, timeout):
@@ -46,6 +49,7 @@ class Presence:
 
     async def leave(self) -> None:
         """Lets the others know at once that this coordinator is gone."""
+        self._left = True
         if self._lease:
             self._renewed = -math.inf
             lease, self._lease = self._lease, 0

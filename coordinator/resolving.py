@@ -11,12 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from coordinator.cache import Cache
 from coordinator.ownership import Overtaken, Ownership, Placed
 from coordinator.placement import Candidate, Client, NoRoom, choose
-from coordinator.reach import Reach
 from coordinator.records import (
     AgentRecord,
     InstanceRecord,
@@ -107,8 +106,20 @@ class Resolved:
     address: str
 
 
+class Asked(Protocol):
+    """Nodes that can be asked, wherever their links are. Real: `coordinator.reach.Reach`."""
+
+    async def reserve(self, node: NodeRecord, reserve: link_pb2.Reserve) -> None:
+        """Returns if the node keeps room; its refusal or NODE_UNREACHABLE otherwise."""
+        ...
+
+    async def is_fresh(self, node: NodeRecord) -> bool:
+        """Is its link open at this moment, and was the node heard just now?"""
+        ...
+
+
 class Resolving:
-    def __init__(self, store: Store, cache: Cache, ownership: Ownership, reach: Reach, hold: float) -> None:
+    def __init__(self, store: Store, cache: Cache, ownership: Ownership, reach: Asked, hold: float) -> None:
         """`hold`: seconds that a node keeps the room that it reserved."""
         self._store = store
         self._cache = cache
@@ -183,12 +194,26 @@ class Resolving:
                 except RoostError as refusal:
                     refused[chosen.node] = _REFUSALS.get(refusal.reason, f"refused ({refusal.message})")
                     continue
-                placed = await self._ownership.place(key, move.record, chosen.node, why, agent.version)
+                placed = await self._place(key, move.record, chosen.node, why, agent.version)
             if isinstance(placed, Placed):
                 return Resolved(placed.record.value, node.info.address)
             return placed
         said = ", ".join(f"{node} {what}" for node, what in refused.items())
         raise RoostError(Reason.NO_ROOM, f"no room for {key}: {said}", "try again in a few seconds")
+
+    async def _place(
+        self, key: InstanceKey, expected: Stored[InstanceRecord] | None, node: str, why: str, version: str
+    ) -> Placed | Overtaken:
+        """Makes `node`, which has reserved, the owner. A commit that came between does not undo that: the
+        reservation is for the next epoch, and that is still the next one."""
+        for _ in range(_LOOKS):
+            outcome = await self._ownership.place(key, expected, node, why, version)
+            if isinstance(outcome, Placed) or outcome.record is None or expected is None:
+                return outcome
+            if outcome.record.value.epoch != expected.value.epoch:
+                return outcome
+            expected = outcome.record
+        return Overtaken(expected)
 
     async def _nowhere(self, key: InstanceKey, move: Move, no_room: NoRoom) -> Resolved:
         """It stays if it may. Then room where it is has to be kept too, if it sleeps."""

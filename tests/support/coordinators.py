@@ -89,7 +89,12 @@ class Caller:
 
 
 def config(
-    name: str, etcd: str, directory: Path, listen: str = "127.0.0.1:0", ttl: float = TTL
+    name: str,
+    etcd: str,
+    directory: Path,
+    listen: str = "127.0.0.1:0",
+    ttl: float = TTL,
+    ticket_lifetime: float = 60.0,
 ) -> CoordinatorConfig:
     return CoordinatorConfig(
         id=name,
@@ -99,6 +104,7 @@ def config(
         heartbeat=Duration(min(HEARTBEAT, ttl / 4)),
         node_ttl=Duration(ttl),
         lease_ttl=Duration(max(1.0, ttl)),
+        ticket_lifetime=Duration(ticket_lifetime),
     )
 
 

@@ -113,4 +113,6 @@ async def test_leaving_removes_the_record_at_once() -> None:
     await presence.leave()
     assert not await world.registered()
     assert not presence.vouches(world.now)
+    await presence.keep()  # the loop's last pass, while the daemon stops
+    assert not await world.registered()
     await presence.leave()

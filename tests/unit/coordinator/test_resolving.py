@@ -3,9 +3,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.records import NodeRecord, NodeState, Phase, Stored
-from coordinator.resolving import Answer, Challenge, Move, Wake, decide
-from tests.unit.coordinator.support import info, instance
+from coordinator.cache import Cache
+from coordinator.ownership import Ownership
+from coordinator.placement import Client
+from coordinator.records import AgentRecord, NodeRecord, NodeState, Phase, Stored, agent_key, node_key
+from coordinator.resolving import Answer, Challenge, Move, Resolving, Wake, decide
+from coordinator.store.base import Put
+from coordinator.store.memory import MemoryStore
+from protos.v1 import link_pb2
+from tests.unit.coordinator.support import KEY, NoCache, info, instance
 
 NOBODY: frozenset[str] = frozenset()
 
@@ -57,3 +63,42 @@ def test_only_a_live_owner_that_is_not_excluded_is_ever_the_answer(
     if isinstance(step, Answer | Wake):
         assert state is NodeState.UP
         assert "a" not in exclude
+
+
+# --- moving while the owner goes on committing -----------------------------------------------------
+
+
+class BusyOwner:
+    """A reach to whose every reservation the instance's owner commits once more meanwhile."""
+
+    def __init__(self, ownership: Ownership) -> None:
+        self.reserved: list[tuple[str, int]] = []
+        self._ownership = ownership
+
+    async def reserve(self, node: NodeRecord, reserve: link_pb2.Reserve) -> None:
+        self.reserved.append((node.info.id, reserve.epoch))
+        version = len(self.reserved)
+        await self._ownership.commit("a", KEY, 1, version, f"r{version}", "t")
+
+    async def is_fresh(self, node: NodeRecord) -> bool:
+        return True
+
+
+async def test_a_commit_while_the_new_owner_reserves_neither_stops_the_move_nor_is_lost() -> None:
+    store = MemoryStore()
+    for name in "ab":
+        record = NodeRecord(info(name), "me", NodeState.UP, False)
+        await store.txn([], [Put(node_key(name), record.encode())])
+    agent = AgentRecord("acme", "chef", "v1", '[agent]\nname = "chef"\n[run]\nentry = "a:b"\n', "ab" * 32)
+    await store.txn([], [Put(agent_key("acme", "chef"), agent.encode())])
+    cache = Cache(store)
+    for table in (cache.nodes, cache.agents):
+        await table.refresh()
+    mine = Ownership(store, cache, lambda: 1e9, 1.0)
+    elsewhere = Ownership(store, NoCache(), lambda: 1e9, 1.0)  # the owner's commits go to another coordinator
+    await mine.place(KEY, None, "a", "nearest", "v1")
+    reach = BusyOwner(elsewhere)
+    resolving = Resolving(store, cache, mine, reach, hold=60.0)
+    found = await resolving.resolve(KEY, Client(exclude=frozenset({"a"})))
+    assert (found.record.node, found.record.epoch, found.record.version) == ("b", 2, 1)
+    assert reach.reserved == [("b", 2)]
