@@ -77,11 +77,11 @@ class EdgeConfig:
 
     node: str
     data_dir: Path
+    coordinators: tuple[str, ...]
     site: str = "default"
     role: Role = Role.EDGE
     listen: str = "127.0.0.1:0"
     advertise: str = ""
-    coordinators: tuple[str, ...] = ()
     mdns: bool = True
     position: PositionConfig | None = None
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
@@ -92,6 +92,8 @@ class EdgeConfig:
             value = getattr(self, name)
             if value and not _is_address(value):
                 raise ValueError(f'{name} {value!r}: write host:port, like "127.0.0.1:7400"')
+        if not self.coordinators:
+            raise ValueError('coordinators is empty: name at least one, like ["10.0.0.1:7300"]')
         for address in self.coordinators:
             if not _is_address(address):
                 raise ValueError(f'coordinators: {address!r}: write host:port, like "10.0.0.1:7300"')

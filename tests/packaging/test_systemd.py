@@ -71,7 +71,7 @@ def test_the_example_loads_as_it_is() -> None:
 
 def test_the_example_shows_every_key_and_the_true_defaults() -> None:
     shown = config.load(EdgeConfig, uncommented(EXAMPLE), "edge.toml.example")
-    bare = EdgeConfig(node="box-1", data_dir=shown.data_dir)
+    bare = EdgeConfig(node="box-1", data_dir=shown.data_dir, coordinators=shown.coordinators)
     assert (shown.site, shown.role, shown.mdns, shown.jailer) == (
         bare.site,
         bare.role,

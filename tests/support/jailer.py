@@ -84,7 +84,7 @@ class RunningJailer:
         argv = (str(self._config), sys.executable, "-m", "tests.support.jail_daemon", name)
         self.process = Process("tests.support.run_jailer", argv, directory / "log")
         self._config.write_text(
-            f'node = "test"\ndata_dir = "{self.data_dir}"\n'
+            f'node = "test"\ndata_dir = "{self.data_dir}"\ncoordinators = ["127.0.0.1:1"]\n'
             f'[jailer]\nuid_base = {self._uids.start}\nstop_grace = "5s"\n'
         )
 

@@ -10,7 +10,7 @@ from edge_agent.config import EdgeConfig, PositionConfig, Role
 from edge_agent.jail.config import jailer_config
 from shared import config
 
-SMALLEST = 'node = "a"\ndata_dir = "/var/lib/roost"\n'
+SMALLEST = 'node = "a"\ndata_dir = "/var/lib/roost"\ncoordinators = ["10.0.0.1:7300"]\n'
 
 
 def _load(text: str) -> EdgeConfig:
@@ -33,7 +33,6 @@ def test_all_of_it() -> None:
         role = "cloud"
         listen = "0.0.0.0:7400"
         advertise = "shop-12.example.org:7400"
-        coordinators = ["10.0.0.1:7300", "[::1]:7300"]
         mdns = false
         [position]
         latitude = 60
@@ -54,6 +53,13 @@ def test_all_of_it() -> None:
     assert jailer.daemon_uid != 0
 
 
+def test_coordinators_are_addresses_and_at_least_one() -> None:
+    for written in ("[]", '["somewhere"]', '["10.0.0.1:7300", "x"]'):
+        with pytest.raises(config.ConfigError, match="coordinators"):
+            _load(f'node = "a"\ndata_dir = "/x"\ncoordinators = {written}')
+    assert _load('node = "a"\ndata_dir = "/x"\ncoordinators = ["10.0.0.1:7300", "[::1]:7300"]')
+
+
 def test_the_daemon_is_never_root() -> None:
     with pytest.raises(config.ConfigError, match="daemon_user"):
         jailer_config(_load(SMALLEST + '[jailer]\ndaemon_user = "root"'), Path("/etc/roost/edge.toml"))
@@ -64,7 +70,6 @@ def test_the_daemon_is_never_root() -> None:
     [
         ('role = "fog"', "role"),
         ('listen = "7400"', "host:port"),
-        ('coordinators = ["somewhere"]', "host:port"),
         ("[position]\nlatitude = 91\nlongitude = 0", "latitude"),
         ("[jailer]\nuid_base = 0", "uid_base"),
         ('[jailer]\nstop_grace = "0s"', "stop_grace"),
