@@ -29,7 +29,9 @@ def channel(address: str) -> grpc.aio.Channel:
             *_COMMON,
             ("grpc.enable_http_proxy", 0),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            # Despite its name: how long one attempt to connect may take. Less than a distant or busy peer
+            # needs would make it unreachable for good.
+            ("grpc.min_reconnect_backoff_ms", 3_000),
             ("grpc.max_reconnect_backoff_ms", 1_000),
         ],
     )

@@ -50,12 +50,12 @@ def data_of(args: argparse.Namespace) -> Path:
 def run(args: argparse.Namespace) -> int:
     data = data_of(args)
     etcd = needs.check(needs.look())
+    data.mkdir(parents=True, exist_ok=True, mode=0o700)  # users' state will be in it
     if args.detach:
         with only_one(LOCK):
             pass  # told here, where somebody reads it; the one in the background asks again
         return _detach(data)
     with only_one(LOCK):
-        data.mkdir(parents=True, exist_ok=True, mode=0o700)  # users' state will be in it
         stale = record.read(data)
         if stale is not None:
             clear_strays(stale)
