@@ -24,6 +24,7 @@ class Process:
     directories: tuple[Path, ...] = ()
     files: Mapping[Path, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    clean: tuple[str, ...] = ()  # what to run once it did not end well, to remove what it left
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +122,16 @@ def _node(data: Path, python: str, index: int, node: Node, address: str, coordin
         },
         tables,
     )
+    argv = (python, "-m", "edge_agent", "--config", str(config))
     return Process(
         node.name,
         _NODE_STAGE,
-        (python, "-m", "edge_agent", "--config", str(config)),
+        argv,
         address,
         _log(data, node.name),
         directories=(home,),
         files={config: text},
+        clean=(*argv, "--clean"),
     )
 
 

@@ -24,6 +24,7 @@ from shared.errors import Reason, RoostError
 
 _PROBE_PERIOD = 0.1
 _KILL_TIMEOUT = 5.0
+_CLEAN_TIMEOUT = 20.0  # seconds, after which a cleaner is killed
 _TAIL_LINES = 15
 
 Probe = Callable[[Process], Awaitable[bool]]
@@ -35,7 +36,7 @@ class _Child:
     spec: Process
     process: asyncio.subprocess.Process
     started: int
-    watch: asyncio.Task[None] | None = None
+    watch: asyncio.Task[None]  # ends when it, its group and what it left are gone
 
 
 class Supervisor:
@@ -55,7 +56,7 @@ class Supervisor:
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
         self._children: list[_Child] = []
-        self._stopping = False
+        self._serving = False  # all of them, so that one that ends is worth a report
 
     async def start(self) -> None:
         """Returns when all serve. RoostError with the end of the log of one that does not in time."""
@@ -63,17 +64,13 @@ class Supervisor:
         for _, stage in itertools.groupby(ordered, key=lambda spec: spec.stage):
             begun = [await self._spawn(spec) for spec in stage]
             await asyncio.gather(*(self._wait_serving(child) for child in begun))
-        for child in self._children:
-            child.watch = asyncio.create_task(self._watch(child), name=f"watch {child.spec.name}")
+        self._serving = True
 
     async def stop(self) -> None:
-        self._stopping = True
+        self._serving = False
         by_stage = sorted(self._children, key=lambda child: -child.spec.stage)
         for _, stage in itertools.groupby(by_stage, key=lambda child: child.spec.stage):
             await asyncio.gather(*(self._end(child) for child in stage))
-        for child in self._children:
-            if child.watch is not None:
-                await child.watch
 
     def records(self) -> tuple[ProcessRecord, ...]:
         return tuple(
@@ -105,7 +102,8 @@ class Supervisor:
                 env={**os.environ, **spec.env},
                 process_group=0,  # a Ctrl-C at the terminal is for `roost up`, which stops them in order
             )
-        child = _Child(spec, process, started_at(process.pid) or 0)
+        watch = asyncio.create_task(self._watch(spec, process), name=f"watch {spec.name}")
+        child = _Child(spec, process, started_at(process.pid) or 0, watch)
         self._children.append(child)
         return child
 
@@ -119,25 +117,37 @@ class Supervisor:
                 raise _failed(child.spec, f"{child.spec.name} does not serve after {self._start_timeout:g} s")
             await asyncio.sleep(_PROBE_PERIOD)
 
-    async def _watch(self, child: _Child) -> None:
-        code = await child.process.wait()
-        _kill_group(child.process.pid)  # at once: later, the number might be another group's
-        if not self._stopping:
-            self._report(f"{child.spec.name} {_ended(code)}; the others go on. Its log: {child.spec.log}")
+    async def _watch(self, spec: Process, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
+        _kill_group(process.pid)  # at once: later, the number might be another group's
+        if self._serving:
+            self._report(f"{spec.name} {_ended(code)}; the others go on. Its log: {spec.log}")
+        if code != 0 and spec.clean:
+            await self._clean(spec)
+
+    async def _clean(self, spec: Process) -> None:
+        with spec.log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *_tied(spec.clean), stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+            )
+        try:
+            async with asyncio.timeout(_CLEAN_TIMEOUT):
+                await process.wait()
+        except TimeoutError:
+            _kill_group(process.pid)
+            await process.wait()
 
     async def _end(self, child: _Child) -> None:
         if child.process.returncode is None:
             child.process.terminate()
-        for timeout in (self._stop_timeout, _KILL_TIMEOUT):
-            try:
-                async with asyncio.timeout(timeout):
-                    await child.process.wait()
-            except TimeoutError:
-                _kill_group(child.process.pid)
-            else:
-                break
-        if child.watch is None:  # otherwise the watch sees to it, or has done so long ago
+        try:
+            async with asyncio.timeout(self._stop_timeout):
+                await child.process.wait()
+        except TimeoutError:
             _kill_group(child.process.pid)
+        await asyncio.wait((child.watch,), timeout=_KILL_TIMEOUT + _CLEAN_TIMEOUT)
+        if not child.watch.done():  # the kernel does not let it end
+            self._report(f"{child.spec.name}, process {child.process.pid}, can't be stopped")
 
 
 def _tied(argv: Sequence[str]) -> tuple[str, ...]:

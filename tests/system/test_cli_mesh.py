@@ -91,6 +91,15 @@ async def test_up_deploy_chat_kill_chat_down_and_up_again(here: Here) -> None:
     assert (again["reply"], again["receipt"]["lost"]) == (moved["reply"], [])
 
 
+async def test_a_killed_node_leaves_nothing_when_the_mesh_is_down(here: Here) -> None:
+    """What it had is counted before and after, as by every system test."""
+    await here.run("up", "--detach")
+    await here.run("deploy", str(EXAMPLES / "chef"))
+    await here.say("hello")
+    os.kill(here.pid("edge-north"), signal.SIGKILL)
+    await here.run("down")
+
+
 async def test_when_up_is_killed_all_that_it_ran_ends(here: Here) -> None:
     await here.run("up", "--detach")
     running = record.read(here.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -133,6 +134,20 @@ async def test_the_family_of_one_that_dies_goes_with_it(stubs: Stubs) -> None:
     child = int(await eventually(stubs.ready("parent").read_text, 5))
     os.kill(supervisor.records()[0].pid, signal.SIGKILL)
     await eventually(lambda: not alive(child), 5)
+
+
+async def test_what_one_that_died_left_is_cleaned_away(stubs: Stubs) -> None:
+    left, unneeded = stubs.directory / "left", stubs.directory / "unneeded"
+    died = dataclasses.replace(
+        stubs.process("died", 0, f"touch {left}; {OBEDIENT}"), clean=("bash", "-c", f"rm {left}")
+    )
+    obeyed = dataclasses.replace(stubs.process("obeyed", 0, OBEDIENT), clean=("touch", str(unneeded)))
+    supervisor = stubs.supervisor(died, obeyed)
+    await supervisor.start()
+    os.kill(supervisor.records()[0].pid, signal.SIGKILL)
+    await eventually(lambda: not left.exists(), 10)
+    await supervisor.stop()
+    assert not unneeded.exists(), "one that ended well has left nothing"
 
 
 async def test_one_that_will_not_stop_is_killed_with_its_family(stubs: Stubs) -> None:
