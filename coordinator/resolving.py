@@ -160,6 +160,8 @@ class Resolving:
     async def _challenged(self, step: Challenge, owner: NodeRecord) -> Move:
         if await self._reach.is_fresh(owner):
             return Move(step.record, "just failed the client")
+        # Without the store nobody can take over: then that is what is wrong, and it says so here.
+        await self._ownership.read(step.record.value.key)
         raise RoostError(
             Reason.NODE_UNREACHABLE,
             f"{step.record.value.key} is on {owner.info.id}, which can't be reached just now",
@@ -226,6 +228,7 @@ class Resolving:
                     return Resolved(kept_or_moved.record.value, owner.info.address)
             elif owner is not None:
                 return Resolved(move.record.value, owner.info.address)
+        await self._ownership.read(key)  # as in _challenged
         raise RoostError(
             Reason.NO_ROOM,
             f"no room for {key}: {no_room.why}",

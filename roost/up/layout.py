@@ -118,7 +118,6 @@ def _node(data: Path, python: str, index: int, node: Node, address: str, coordin
             "advertise": address,
             "coordinators": [coordinator],
             "data_dir": str(home),
-            "mdns": False,  # a loopback address is of no use to the rest of the LAN
         },
         tables,
     )

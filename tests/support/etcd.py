@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -13,17 +12,8 @@ from pathlib import Path
 
 from tests.support.eventually import eventually
 
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """For a child's `preexec_fn`: it is killed when the thread that made it ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-# The same, as the start of a command line: a preexec_fn makes Python fork with its handlers, and gRPC's can
-# bring the child down when another thread is in gRPC.
+# How a child's command line starts: it is killed when the thread that made it ends. Not by preexec_fn, which
+# makes Python fork with its handlers: gRPC's can bring the child down when another thread is in gRPC.
 DYING_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
 
 

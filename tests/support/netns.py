@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from tests.support.etcd import die_with_parent
+from tests.support.etcd import DYING_WITH_PARENT
 
 
 class Host:
@@ -29,9 +29,9 @@ class Host:
 @asynccontextmanager
 async def _namespace(address: str) -> AsyncIterator[Host]:
     holder = await asyncio.create_subprocess_exec(
+        *DYING_WITH_PARENT,
         *("unshare", "--net", "sh", "-c", "echo ready; exec sleep 600"),
         stdout=asyncio.subprocess.PIPE,
-        preexec_fn=die_with_parent,
     )
     try:
         assert holder.stdout is not None

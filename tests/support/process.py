@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.etcd import die_with_parent
+from tests.support.etcd import DYING_WITH_PARENT
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,12 +28,12 @@ class Process:
     async def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *DYING_WITH_PARENT,
                 *self._argv,
                 cwd=ROOT,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=die_with_parent,
             )
 
     @property

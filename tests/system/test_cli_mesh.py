@@ -117,3 +117,59 @@ async def test_an_interrupt_stops_it_in_the_foreground(here: Here) -> None:
     process.send_signal(signal.SIGINT)
     assert await asyncio.wait_for(process.wait(), 60) == 0
     assert record.read(here.data) is None
+
+
+async def test_what_scripts_rely_on(here: Here) -> None:
+    await here.run("up", "--detach")
+    await here.run("deploy", str(EXAMPLES / "chef"))
+    reply = await here.say("I'm vegan and I have 500 g rice")
+    assert set(reply) >= {"reply", "receipt", "turn_id", "why"}
+    assert reply["receipt"]["lost"] == []
+    ask = (
+        "chat",
+        "chef",
+        "--user",
+        "ana",
+        "--message",
+        "What do you know about me?",
+        "--turn-id",
+        "t-1",
+        "--json",
+    )
+    first, again = [json.loads(await here.run(*ask)) for _ in range(2)]
+    assert "rice" in first["reply"]
+    assert again["reply"] == first["reply"]
+    assert [first["receipt"]["replayed"], again["receipt"]["replayed"]] == [False, True]
+
+    status = json.loads(await here.run("status", "--json"))
+    (instance,) = status["instances"]
+    assert (instance["key"]["user"], instance["node"], instance["epoch"]) == ("ana", "edge-north", 1)
+    assert "edge-north" in await here.run("status")
+    assert "edge-south" in await here.run("nodes")
+    assert "edge-north" in await here.run("logs", "edge-north")
+
+    for arguments, reason in (
+        (("chat", "nobody", "--user", "ana", "--message", "hi"), "AGENT_UNKNOWN"),
+        (("chat", "chef", "--user", "a/b", "--message", "hi"), "BAD_REQUEST"),
+        (("deploy", "docs"), "AGENT_INVALID"),
+    ):
+        process = await here.start(*arguments, "--json")
+        out, err = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 1, arguments
+        assert json.loads(out)["error"]["reason"] == reason
+        assert "hint:" in err.decode()
+        assert "Traceback" not in err.decode()
+    await here.run("chat", "chef", code=2)
+    assert "hint:" in await here.run("drain", "no-such-node", code=1)
+
+    async def all_heard() -> bool:
+        nodes = json.loads(await here.run("nodes", "--json"))["nodes"]
+        return {peer for node in nodes for peer in node["peers"]} == {"edge-north", "edge-south", "cloud-1"}
+
+    await eventually(all_heard, 15.0, "nodes that hear each other over mDNS")
+
+    await here.run("drain", "edge-north")
+    moved = await here.say("What do you know about me?")
+    assert (moved["receipt"]["node"], moved["receipt"]["epoch"]) == ("edge-south", 2)
+    await here.run("down")
+    assert "COORDINATOR_UNREACHABLE" in await here.run("status", "--json", code=1)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tests.support.etcd import die_with_parent
+from tests.support.etcd import DYING_WITH_PARENT
 from tests.support.netns import Host, lan
 from tests.support.process import ROOT
 
@@ -17,11 +17,11 @@ from tests.support.process import ROOT
 @asynccontextmanager
 async def discovering(host: Host, node: str) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
+        *DYING_WITH_PARENT,
         *host.enter,
         *(sys.executable, "-m", "tests.support.discovering", node, "home", f"{host.address}:7400"),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
-        preexec_fn=die_with_parent,
     )
     try:
         yield process
