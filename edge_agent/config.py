@@ -92,6 +92,8 @@ class EdgeConfig:
             value = getattr(self, name)
             if value and not _is_address(value):
                 raise ValueError(f'{name} {value!r}: write host:port, like "127.0.0.1:7400"')
+        if not self.advertise and self.listen.rpartition(":")[0] in ("0.0.0.0", "[::]"):
+            raise ValueError(f'listen = "{self.listen}" needs advertise: the address that others reach it at')
         if not self.coordinators:
             raise ValueError('coordinators is empty: name at least one, like ["10.0.0.1:7300"]')
         for address in self.coordinators:

@@ -54,7 +54,7 @@ class Discovery:
         while True:
             try:
                 await self._serve()
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # zeroconf's own for "no interface is up"
                 if not told:
                     log.warning("mDNS does not work here, so this node finds no peers by it: %s", error)
                 told = True

@@ -70,6 +70,7 @@ def test_the_daemon_is_never_root() -> None:
     [
         ('role = "fog"', "role"),
         ('listen = "7400"', "host:port"),
+        ('listen = "0.0.0.0:7400"', "advertise"),
         ("[position]\nlatitude = 91\nlongitude = 0", "latitude"),
         ("[jailer]\nuid_base = 0", "uid_base"),
         ('[jailer]\nstop_grace = "0s"', "stop_grace"),
