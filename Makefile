@@ -21,7 +21,7 @@ setup: ## install what is missing: system packages if root, and .venv
 demo: ## the main job once, on this machine: deploy, chat, lose an edge, go on (root)
 	@$(call need_root,installs etcd with apt and jails each agent in its own namespaces and cgroups)
 	@$(BOOTSTRAP)
-	@$(BIN)/python -m roost.demo
+	@$(BIN)/python examples/demo.py
 
 test: ## all tests, against a real etcd and real jails (root); ARGS="-k text" picks some
 	@$(call need_root,installs etcd and container tools with apt and tests real jails)

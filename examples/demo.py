@@ -15,12 +15,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from roost._sync import Client
-from roost._types import Reply
+from roost import Client
+from roost.client import Reply
 from roost.up import record
 from shared.errors import RoostError
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parent
 USERS = {
     "ana": ("Oslo", (59.91, 10.75)),
     "ben": ("Barcelona", (41.39, 2.17)),
