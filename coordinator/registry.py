@@ -136,12 +136,17 @@ class Registry:
             match action:
                 case EndLink(node, replaced, why):
                     log.info("%s; its link here is ended", why)
-                    self.links[node].end(_over(self.links[node], replaced))
+                    if session := self.links.get(node):  # it may have ended during this pass
+                        session.end(_over(session, replaced))
                 case MarkLost():
                     await self._mark_lost(action)
         while self._asleep:
-            await self._ownership.hibernate_if_unchanged(self._asleep[-1])
-            self._asleep.pop()
+            asleep = self._asleep.pop()
+            try:
+                await self._ownership.hibernate_if_unchanged(asleep)
+            except RoostError:
+                self._asleep.append(asleep)
+                raise
 
     def _observe(self, now: float) -> Observed:
         nodes = {s.value.info.id: s for s in self._cache.nodes.records.values()}
@@ -208,7 +213,9 @@ class Registry:
         )
 
     async def _no_longer_its_own(self, node: str, held: Sequence[link_pb2.Held]) -> list[link_pb2.Evict]:
-        """By what the store says now: a cache could call for the end of an instance that is rightly there."""
+        """By what the store says now: a cache could call for the end of an instance that is rightly there.
+        It may say that all is well, though: if it is behind, the node's next commit is refused."""
+        held = [h for h in held if not self._owns(node, h)]
         evictions = []
         for start in range(0, len(held), _READS):
             some = held[start : start + _READS]
@@ -221,6 +228,10 @@ class Registry:
                     )
                     evictions.append(link_pb2.Evict(key=one.key, epoch=one.epoch, why=owner))
         return evictions
+
+    def _owns(self, node: str, held: link_pb2.Held) -> bool:
+        stored = self._cache.instance(InstanceKey.from_proto(held.key))
+        return stored is not None and (stored.value.node, stored.value.epoch) == (node, held.epoch)
 
     def _note_asleep(self, node: str, held: Sequence[link_pb2.Held]) -> None:
         """What is recorded as live there but does not run (the daemon lost its jails) frees its room."""

@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from edge_agent.attach import AttachServicer
+from edge_agent.commits import Commits
 from edge_agent.config import EdgeConfig
 from edge_agent.discovery import Discovery
 from edge_agent.instance import Parts
@@ -49,10 +50,12 @@ async def run(config: EdgeConfig, jailer: socket.socket) -> None:
     tenure = Tenure()
     link = Link(config.node, config.coordinators, tenure)
     async with JailerClient(jailer) as jails:
+        state = StateStore.at(config.data_dir, link.channel)
         parts = Parts(
             node=config.node,
             jails=jails,
-            state=StateStore.at(config.data_dir, link.channel),
+            state=state,
+            commits=Commits(state, link),
             records=records,
             control=link,
             reservations=Reservations(config.node, capacity),

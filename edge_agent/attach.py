@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc.aio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_agent.instance import Instance
+from edge_agent.instance import Done, Instance
 from edge_agent.supervisor import Supervisor
 from edge_agent.turns import Deltas, Turn
 from protos.v1 import attach_pb2, attach_pb2_grpc
@@ -21,6 +21,7 @@ from shared.rpc import MAX_TURN_BYTES
 log = logging.getLogger(__name__)
 
 _MAX_TURN_ID = 128
+_HELLO_SECONDS = 5.0
 _HINT = "protos/v1/attach.proto says what is sent when"
 
 _Context = grpc.aio.ServicerContext[attach_pb2.AttachRequest, attach_pb2.AttachReply]
@@ -46,9 +47,15 @@ class AttachServicer(attach_pb2_grpc.AttachServicer):
             await RoostError(Reason.INTERNAL, f"node {self._node} failed; its log says how").abort(context)
 
     async def _attach(self, requests: AsyncIterator[attach_pb2.AttachRequest]) -> _Replies:
-        first = await anext(aiter(requests), None)
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                first = await anext(aiter(requests), None)
+        except TimeoutError as error:
+            raise RoostError(Reason.DEADLINE, f"no hello came within {_HELLO_SECONDS:g} s", _HINT) from error
         if first is None or not first.HasField("hello"):
             raise RoostError(Reason.BAD_REQUEST, "an attach stream begins with a hello", _HINT)
+        # First, because a node that has no link yet knows no keys either.
+        self._supervisor.check_serving()
         ticket = verify_ticket(first.hello.ticket, self._ticket_keys(), self._node, time.time())
         async with self._supervisor.attached(ticket) as instance:
             yield attach_pb2.AttachReply(attached=attach_pb2.Attached(node=self._node, epoch=instance.epoch))
@@ -69,7 +76,7 @@ class AttachServicer(attach_pb2_grpc.AttachServicer):
             )
             while (text := await deltas.next()) is not None:
                 yield attach_pb2.AttachReply(delta=attach_pb2.Delta(turn_id=request.id, text=text))
-            done = await asyncio.shield(task)  # the turn goes on if the client leaves
+            done = await _outcome(task, self._node)
         except RoostError as error:
             log.info("%s turn %s: %s: %s", instance.key, request.id, error.reason, error.message)
             yield attach_pb2.AttachReply(
@@ -79,6 +86,20 @@ class AttachServicer(attach_pb2_grpc.AttachServicer):
         yield attach_pb2.AttachReply(
             committed=attach_pb2.Committed(turn_id=request.id, reply=done.reply, receipt=done.receipt)
         )
+
+
+async def _outcome(task: asyncio.Task[Done], node: str) -> Done:
+    """The turn's. It goes on if the client leaves; if the node stops in the midst of it, that is said."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.cancelled():
+            raise
+        raise RoostError(
+            Reason.TURN_NOT_COMMITTED,
+            f"node {node} stopped before the turn was certainly committed",
+            "send it again under the same id: it is applied once",
+        ) from None
 
 
 def _check(turn: attach_pb2.Turn) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from edge_agent.jail.api import Jail, JailGone
 
@@ -36,20 +36,21 @@ class Freezer:
 
     @asynccontextmanager
     async def frozen(self, reason: str) -> AsyncIterator[None]:
-        """Raises JailGone if there is nothing left to freeze."""
         try:
             await self.hold(reason)
             yield
         finally:
-            with suppress(JailGone):
-                await self.drop(reason)
+            await self.drop(reason)
 
     async def _apply(self) -> None:
         async with self._lock:
             if self._jail is None or bool(self._reasons) == self._is_frozen:
                 return
-            if self._reasons:
-                await self._jail.freeze()
-            else:
-                await self._jail.thaw()
+            try:
+                if self._reasons:
+                    await self._jail.freeze()
+                else:
+                    await self._jail.thaw()
+            except JailGone:  # nothing is left to freeze or thaw; who goes on to use the jail is told there
+                self._jail = None
             self._is_frozen = bool(self._reasons)

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar, assert_never
 
+from edge_agent.commits import Commits
 from edge_agent.control import Agent, CommittedState, ControlPlane
 from edge_agent.freezer import Freezer
 from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec
@@ -32,15 +33,14 @@ from edge_agent.state.store import StateStore
 from edge_agent.tenure import Tenure
 from edge_agent.turns import Deltas, Turn, crash, run_turn, wait_ready
 from protos.v1 import common_pb2
-from shared.errors import Reason, Remedy, RoostError
+from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
-from shared.lifecycle import retry_until
 from shared.manifest import StateManifest
 
 log = logging.getLogger(__name__)
 
 FETCH_SECONDS = 5.0
-_ATTEMPT_SECONDS = 2.0  # so that an eviction is noticed soon
+_MAX_QUEUED = 16  # turns of one instance, of up to 1 MiB each
 TELL_SECONDS = 2.0
 
 
@@ -71,8 +71,6 @@ class Lost:
 
 State = Asleep | Live | Lost
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -91,10 +89,10 @@ class Parts:
     state: StateStore
     records: Records
     control: ControlPlane
+    commits: Commits
     reservations: Reservations
     tenure: Tenure
     clock: Callable[[], float]
-    commit_seconds: float = 10.0  # within which a turn's outcome must be certain
 
 
 class Instance:
@@ -109,6 +107,7 @@ class Instance:
         self._parts = parts
         self._lock = asyncio.Lock()
         self._evicted: str | None = None  # why
+        self._queued = 0  # turns, with the one that runs
         self._jail: Jail | None = None  # of the state Live, and of the way there
 
     def __repr__(self) -> str:
@@ -125,18 +124,15 @@ class Instance:
 
     @property
     def version(self) -> int:
-        """The last committed version that this node knows; 0 if none."""
-        if isinstance(self.state, Live):
-            return self.state.manifest.version
-        record = self._parts.records.get(self.jail_id)
-        return record.version if record else 0
+        """The last committed version of its process; 0 if it has none."""
+        return self.state.manifest.version if isinstance(self.state, Live) else 0
 
     # --- turns -------------------------------------------------------------------------------
 
     async def turn(self, turn: Turn, deltas: Deltas) -> Done:
         """Runs a turn and commits it, or finds it committed. RoostError if its state change did not happen
         (or, for TURN_NOT_COMMITTED, may or may not have: sending it again tells)."""
-        async with self._lock:
+        async with self._one_at_a_time():
             try:
                 return await self._turn(turn, deltas)
             except JailGone as gone:
@@ -153,6 +149,19 @@ class Instance:
             finally:
                 self.idle_since = self._parts.clock()
 
+    @asynccontextmanager
+    async def _one_at_a_time(self) -> AsyncIterator[None]:
+        if self._queued >= _MAX_QUEUED:
+            raise RoostError(
+                Reason.DEADLINE, f"{_MAX_QUEUED} turns of {self.key} wait already", "send it again in a while"
+            )
+        self._queued += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self._queued -= 1
+
     async def _turn(self, turn: Turn, deltas: Deltas) -> Done:
         for _ in range(2):  # an agent that ended between turns is started again, once
             self._check_owner()
@@ -160,6 +169,7 @@ class Instance:
                 case Live() as live:
                     resumed_from = common_pb2.LIVE
                 case _:
+                    self.state = Asleep(told=False)  # a fetch counts as waking, whatever comes of it
                     committed = await self._parts.control.fetch(self.key, self.epoch, FETCH_SECONDS)
                     manifest = await self._parts.state.load(self.key, committed.version, committed.root)
                     if done := self._replay(manifest, turn, common_pb2.DISK):
@@ -218,37 +228,21 @@ class Instance:
         manifest = replace(base, epoch=self.epoch, version=base.version + 1, nodes=captured.nodes).with_turn(
             turn.id, reply
         )
-        deadline = asyncio.get_running_loop().time() + self._parts.commit_seconds
-        try:
-            root, index = await self._until(deadline, lambda _: self._parts.state.upload(captured, manifest))
-            await self._until(
-                deadline,
-                lambda left: self._parts.control.commit(
-                    self.key, self.epoch, manifest.version, root, turn.id, left
-                ),
-            )
-        except RoostError as error:
-            if error.reason is Reason.EPOCH_STALE:
-                raise
-            raise RoostError(
-                Reason.TURN_NOT_COMMITTED,
-                f"the turn was run but could not be committed: {error.message}",
-                "send it again under the same id: it is applied once",
-            ) from error
-        self._record(live.agent, manifest, root, index)
+        root, index = await self._parts.commits.publish(
+            self.key, captured, manifest, turn.id, lambda: self._evicted is not None
+        )
         self.state = replace(live, manifest=manifest, index=index)
+        try:
+            await self._record(live.agent, manifest, root, index)
+        except RoostError:  # the turn is committed all the same; only this node can't go on with it
+            log.exception("%r: a committed turn is not recorded here, so its process ends", self)
+            await self._sleep()
         return Done(reply, self._receipt(manifest.version, resumed_from, base.version))
 
-    async def _until(self, deadline: float, attempt: Callable[[float], Awaitable[T]]) -> T:
-        return await retry_until(
-            deadline,
-            lambda left: attempt(min(left, _ATTEMPT_SECONDS)),
-            lambda e: isinstance(e, RoostError) and e.remedy is Remedy.RETRY and not self._evicted,
-        )
-
-    def _record(self, agent: Agent, manifest: StateManifest, root: str, index: Index | None) -> None:
+    async def _record(self, agent: Agent, manifest: StateManifest, root: str, index: Index) -> None:
+        text = await asyncio.to_thread(index.to_json)  # of a large tree it takes a while
         self._parts.records.put(
-            NodeRecord(self.jail_id, self.key, self.epoch, manifest.version, root, agent, False, index)
+            NodeRecord(self.jail_id, self.key, self.epoch, manifest.version, root, agent, False, text)
         )
 
     # --- waking and sleeping -----------------------------------------------------------------
@@ -256,7 +250,7 @@ class Instance:
     async def _start(self, committed: CommittedState, manifest: StateManifest) -> Live:
         agent, parts = committed.agent, self._parts
         policy = agent.policy
-        parts.reservations.claim(self.key, policy.need, parts.clock())
+        parts.reservations.claim(self.key, self.epoch, policy.need, parts.clock())
         await parts.state.bundles.ensure(agent.version, agent.bundle_root)
         jail = await parts.jails.make(
             JailSpec(
@@ -270,8 +264,9 @@ class Instance:
         try:
             self.freezer.attach(jail)
             known = parts.records.get(self.jail_id)
-            index = await parts.state.restore(jail.files, manifest, known.index if known else None)
-            self._record(agent, manifest, committed.root, index)
+            lay = await asyncio.to_thread(_index_of, known)
+            index = await parts.state.restore(jail.files, manifest, lay)
+            await self._record(agent, manifest, committed.root, index)
             self._check_owner()
             await jail.start()
             await wait_ready(jail, policy.run.start_timeout)
@@ -282,7 +277,7 @@ class Instance:
             raise
         if committed.version == 0:
             resumed_from = common_pb2.NEW
-        elif known and known.index and known.version == committed.version:
+        elif known and lay and known.version == committed.version:
             resumed_from = common_pb2.DISK
         else:
             resumed_from = common_pb2.BLOBS
@@ -296,26 +291,23 @@ class Instance:
         at it. If the epoch is over, the coordinator says so when the node registers.
         """
         manifest = await self._parts.state.load(self.key, record.version, record.root)
-        self._parts.reservations.claim(self.key, record.agent.policy.need, self._parts.clock())
+        self._parts.reservations.claim(self.key, self.epoch, record.agent.policy.need, self._parts.clock())
         self._jail = jail
         self.freezer.attach(jail)
-        self.state = Live(jail, record.agent, manifest, record.index, common_pb2.LIVE)
+        self.state = Live(jail, record.agent, manifest, _index_of(record), common_pb2.LIVE)
 
     async def _sleep(self) -> None:
         """Ends the process, if any; what is not committed is gone."""
-        match self.state:
-            case Live(jail):
-                self.state = Asleep(told=False)
+        state = self.state
+        if not isinstance(state, Lost):
+            self.state = Asleep(told=False)
+        try:
+            if isinstance(state, Live):
                 self._jail = None
                 self.freezer.detach()
-                await jail.kill()
-            case Asleep():
-                self.state = Asleep(told=False)
-            case Lost():
-                pass
-            case _:
-                assert_never(self.state)
-        self._parts.reservations.release(self.key)
+                await state.jail.kill()
+        finally:
+            self._parts.reservations.release(self.key, self.epoch)
 
     async def hibernate_if_idle(self, now: float) -> bool:
         """Ends the process if nobody has talked to it for the policy's idle_timeout."""
@@ -346,7 +338,7 @@ class Instance:
     # --- ownership ---------------------------------------------------------------------------
 
     async def evict(self, why: str) -> None:
-        """Ends it for good, in the middle of a turn if need be, and removes its files from this node."""
+        """Ends it for good, in the middle of a turn if need be. Its files may then be discarded."""
         self._evicted = why
         if self._jail is not None:
             await self._jail.kill()
@@ -354,7 +346,6 @@ class Instance:
             await self._sleep()
             self.state = Lost(why)
             self._parts.records.delete(self.jail_id)
-            await self._parts.jails.discard(self.jail_id)
 
     @property
     def evicted(self) -> str | None:
@@ -383,3 +374,7 @@ class Instance:
     def _check_owner(self) -> None:
         if eviction := self._eviction():
             raise eviction
+
+
+def _index_of(record: NodeRecord | None) -> Index | None:
+    return Index.from_json(record.index) if record is not None and record.index else None

@@ -24,7 +24,7 @@ from edge_agent.control import Agent, CommittedState
 from edge_agent.tenure import Tenure
 from protos.v1 import common_pb2, link_pb2, link_pb2_grpc
 from shared import rpc
-from shared.errors import Reason, RoostError, from_rpc
+from shared.errors import Reason, RoostError, from_rpc, translated
 from shared.identity import InstanceKey
 
 log = logging.getLogger(__name__)
@@ -140,8 +140,7 @@ class Link:
         if not first.HasField("welcome"):
             raise RoostError(Reason.INTERNAL, f"coordinator {address} did not begin with a welcome")
         welcome = first.welcome
-        for evict in welcome.evict:
-            await _evict(node, evict)
+        await asyncio.gather(*(_evict(node, evict) for evict in welcome.evict))
         self.ticket_keys = [Ed25519PublicKey.from_public_bytes(k) for k in welcome.ticket_keys]
         self._tenure.welcomed(sent_at, welcome.ttl_ms / 1000)
         self._session = _Session(
@@ -224,12 +223,8 @@ class Link:
     ) -> T:
         deadline = time.monotonic() + timeout
         session = await self._wait_for_session(timeout)
-        try:
+        with translated(Reason.COORDINATOR_UNREACHABLE, f"coordinator {session.coordinator}"):
             return await call(session.stub, max(0.01, deadline - time.monotonic()))
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(
-                error, Reason.COORDINATOR_UNREACHABLE, f"coordinator {session.coordinator}"
-            ) from error
 
     async def _wait_for_session(self, timeout: float) -> _Session:
         try:
@@ -255,7 +250,11 @@ def _reserve(node: Node, request: link_pb2.Reserve) -> link_pb2.ReserveReply:
 
 
 async def _evict(node: Node, evict: link_pb2.Evict) -> None:
-    await node.evict(InstanceKey.from_proto(evict.key), evict.epoch, evict.why)
+    """What can't be done now is asked for again at the next welcome; until then the epoch fences it."""
+    try:
+        await node.evict(InstanceKey.from_proto(evict.key), evict.epoch, evict.why)
+    except Exception:
+        log.exception("an eviction failed")
 
 
 def _unreachable(address: str, what: str) -> RoostError:

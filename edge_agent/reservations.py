@@ -7,7 +7,7 @@ and an instance is counted once. A promise that nobody claims runs out by itself
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
@@ -16,6 +16,7 @@ from shared.resources import Resources, fits
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
+    epoch: int
     need: Resources
     until: float  # monotonic seconds; inf for an instance that runs
 
@@ -26,16 +27,19 @@ class Reservations:
         self._node = node
         self._kept: dict[InstanceKey, _Kept] = {}
 
-    def reserve(self, key: InstanceKey, need: Resources, now: float, hold: float) -> None:
+    def reserve(self, key: InstanceKey, epoch: int, need: Resources, now: float, hold: float) -> None:
         """Keeps room for `hold` seconds. NODE_FULL if there is none. Repeating it renews it."""
-        self._keep(key, _Kept(need, now + hold), now)
+        self._keep(key, _Kept(epoch, need, now + hold), now)
 
-    def claim(self, key: InstanceKey, need: Resources, now: float) -> None:
+    def claim(self, key: InstanceKey, epoch: int, need: Resources, now: float) -> None:
         """Keeps room until `release`. NODE_FULL if there is none; always succeeds on what is reserved."""
-        self._keep(key, _Kept(need, math.inf), now)
+        self._keep(key, _Kept(epoch, need, math.inf), now)
 
-    def release(self, key: InstanceKey) -> None:
-        self._kept.pop(key, None)
+    def release(self, key: InstanceKey, epoch: int) -> None:
+        """What is kept for a later epoch stays: an instance that is on its way out does not speak for it."""
+        kept = self._kept.get(key)
+        if kept is not None and kept.epoch <= epoch:
+            del self._kept[key]
 
     def total(self, now: float) -> Resources:
         self._expire(now)
@@ -51,8 +55,9 @@ class Reservations:
                 f"{others} of {self.capacity} are taken",
                 "resolve again without this node, or give it more capacity",
             )
-        until = max(wanted.until, mine.until) if mine else wanted.until
-        self._kept[key] = _Kept(wanted.need, until)
+        if mine is not None and mine.epoch == wanted.epoch:
+            wanted = replace(wanted, until=max(wanted.until, mine.until))
+        self._kept[key] = wanted
 
     def _expire(self, now: float) -> None:
         self._kept = {key: kept for key, kept in self._kept.items() if kept.until > now}

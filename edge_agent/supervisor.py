@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from edge_agent.control import Agent
@@ -44,6 +44,7 @@ class Supervisor:
         self._instances: dict[InstanceKey, Instance] = {}
         self._changing: dict[InstanceKey, asyncio.Lock] = {}
         self._turns: set[asyncio.Task[Done]] = set()
+        self._discards: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     # --- for Attach --------------------------------------------------------------------------
@@ -51,7 +52,7 @@ class Supervisor:
     @asynccontextmanager
     async def attached(self, ticket: Ticket) -> AsyncIterator[Instance]:
         """The ticket's instance, kept in place while the block lasts. EPOCH_STALE if a newer one is known."""
-        self._check_serving()
+        self.check_serving()
         instance = await self._instance(ticket.key, ticket.epoch)
         instance.attached += 1
         try:
@@ -61,7 +62,7 @@ class Supervisor:
 
     def begin(self, instance: Instance, turn: Turn, deltas: Deltas) -> asyncio.Task[Done]:
         """Starts a turn that goes on even if its client leaves."""
-        self._check_serving()
+        self.check_serving()
         task = asyncio.create_task(self._turn(instance, turn, deltas), name=f"turn {instance.key}")
         self._turns.add(task)
         task.add_done_callback(self._ended)
@@ -86,7 +87,8 @@ class Supervisor:
         for task in self._turns:
             task.cancel()
 
-    def _check_serving(self) -> None:
+    def check_serving(self) -> None:
+        """NODE_STOPPING or NODE_SUSPENDED if no turns are taken now."""
         if self._stopping:
             raise RoostError(
                 Reason.NODE_STOPPING, f"node {self._info.id} is stopping", "resolve again without this node"
@@ -103,7 +105,7 @@ class Supervisor:
             known = self._instances.get(key)
             if known and known.epoch < epoch:
                 # Won again after it was lost: what lies here may be another node's past.
-                await known.evict(f"epoch {epoch} has begun")
+                await self._remove(known, f"epoch {epoch} has begun")
                 known = None
             if known is None:
                 record = self._parts.records.get(jail_id_of(key))
@@ -120,10 +122,10 @@ class Supervisor:
         return self._info
 
     def held(self) -> list[link_pb2.Held]:
-        held = {record.key: (record.epoch, record.version, False) for record in self._parts.records.all()}
+        held = {r.key: (r.epoch, r.version, False) for r in self._parts.records.held()}
         for key, instance in self._instances.items():
-            if not instance.evicted:
-                held[key] = (instance.epoch, instance.version, isinstance(instance.state, Live))
+            if isinstance(instance.state, Live) and not instance.evicted:
+                held[key] = (instance.epoch, instance.version, True)
         return [
             link_pb2.Held(key=key.to_proto(), epoch=epoch, version=version, live=live)
             for key, (epoch, version, live) in held.items()
@@ -138,8 +140,8 @@ class Supervisor:
         )
 
     def reserve(self, key: InstanceKey, epoch: int, agent: Agent, hold: float) -> None:
-        self._check_serving()
-        self._parts.reservations.reserve(key, agent.policy.need, self._parts.clock(), hold)
+        self.check_serving()
+        self._parts.reservations.reserve(key, epoch, agent.policy.need, self._parts.clock(), hold)
 
     async def evict(self, key: InstanceKey, epoch: int, why: str) -> None:
         """Every epoch up to `epoch` is over."""
@@ -153,11 +155,26 @@ class Supervisor:
             record = self._parts.records.get(jail_id_of(key))
             if record and record.epoch <= epoch:
                 self._parts.records.delete(record.jail_id)
-                await self._parts.jails.discard(record.jail_id)
+                self._discard(record.jail_id)
 
     async def _remove(self, instance: Instance, why: str) -> None:
         await instance.evict(why)
         self._instances.pop(instance.key, None)
+        self._discard(instance.jail_id)
+
+    def _discard(self, jail_id: str) -> None:
+        """In the background, for a large tree takes long. Should it fail, or come too late because the
+        instance is here again, nothing is wrong: without a record the files count for nothing."""
+
+        async def discard() -> None:
+            try:
+                await self._parts.jails.discard(jail_id)
+            except RoostError as error:
+                log.info("the files of jail %s stay for now: %s", jail_id, error.message)
+
+        task = asyncio.create_task(discard(), name=f"discard {jail_id}")
+        self._discards.add(task)
+        task.add_done_callback(self._discards.discard)
 
     # --- background --------------------------------------------------------------------------
 
@@ -168,7 +185,7 @@ class Supervisor:
             if record is None or record.busy or not await self._adopt(record, jail):
                 log.info("jail %s was left in the middle of something: ended", jail.jail_id)
                 await jail.kill()
-        known = {record.jail_id for record in self._parts.records.all()}
+        known = {held.jail_id for held in self._parts.records.held()}
         for jail_id in await self._parts.jails.directories():
             if jail_id not in known:
                 await self._parts.jails.discard(jail_id)
@@ -186,31 +203,51 @@ class Supervisor:
     async def suspend_or_resume(self) -> None:
         """One pass: what must be frozen is frozen, what need not be is thawed."""
         trusted = self._tenure.trusted(self._parts.clock())
-        for instance in list(self._instances.values()):
+
+        async def one(instance: Instance) -> None:
             if trusted:
                 await instance.freezer.drop(_SUSPENDED)
             else:
                 await instance.freezer.hold(_SUSPENDED)
 
+        await self._each(one)
+
     async def tidy(self) -> None:
         """One pass: the idle hibernate, the coordinator hears of it, and what is lost goes."""
         now = self._parts.clock()
-        for instance in list(self._instances.values()):
+
+        async def one(instance: Instance) -> None:
             async with self._changing.setdefault(instance.key, asyncio.Lock()):
                 if instance.busy:
-                    continue
+                    return
                 if instance.evicted:
                     await self._remove(instance, instance.evicted)
-                    continue
+                    return
                 if await instance.hibernate_if_idle(now):
                     log.info("%s hibernates", instance.key)
                 if self._tenure.trusted(now):
                     await instance.tell()
+
+        await self._each(one)
         self._forget_sleepers()
+
+    async def _each(self, do: Callable[[Instance], Awaitable[None]]) -> None:
+        """Does it to every instance at once. One that fails holds up no other; the next pass tries again."""
+
+        async def guarded(instance: Instance) -> None:
+            try:
+                await do(instance)
+            except RoostError as error:
+                log.info("%r: %s", instance, error.message)
+            except Exception:
+                log.exception("%r: a bug", instance)
+
+        await asyncio.gather(*(guarded(instance) for instance in list(self._instances.values())))
 
     def _forget_sleepers(self) -> None:
         for key, instance in list(self._instances.items()):
-            if instance.forgettable and not self._changing[key].locked():
+            changing = self._changing.get(key)
+            if instance.forgettable and not (changing and changing.locked()):
                 del self._instances[key]
         for key in [
             k for k, lock in self._changing.items() if k not in self._instances and not lock.locked()

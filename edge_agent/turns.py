@@ -15,6 +15,8 @@ from edge_agent.jail.api import Exit, Jail, JailGone
 from shared.errors import Reason, RoostError
 from shared.rpc import MAX_TURN_BYTES
 
+_MAX_RECEIVED = 16 * MAX_TURN_BYTES  # of all messages in a turn: a reply in small pieces, with their wrapping
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -63,7 +65,7 @@ async def wait_ready(jail: Jail, timeout: float) -> None:
     except JailGone as gone:
         raise _start_failed(gone.exit) from gone
     if message.get("kind") != "ready":
-        raise _garbage(f"it began with {message.get('kind')!r} instead of 'ready'")
+        raise _garbage(f"it began with {_cut(message.get('kind'))} instead of 'ready'")
 
 
 async def run_turn(jail: Jail, turn: Turn, deltas: Deltas, timeout: float) -> str:
@@ -88,11 +90,17 @@ async def run_turn(jail: Jail, turn: Turn, deltas: Deltas, timeout: float) -> st
 
 
 async def _reply(jail: Jail, turn_id: str, deltas: Deltas) -> str:
-    streamed = 0
+    streamed = received = 0
     while True:
-        message = _parse(await jail.receive())
+        data = await jail.receive()
+        received += len(data)
+        if received > _MAX_RECEIVED:
+            raise _garbage(f"it sent more than {_MAX_RECEIVED >> 20} MiB in one turn")
+        # An agent that never pauses must not keep the node from all else that it does.
+        await asyncio.sleep(0)
+        message = _parse(data)
         if message.get("id") != turn_id:
-            raise _garbage(f"it answered turn {message.get('id')!r} during turn {turn_id!r}")
+            raise _garbage(f"it answered turn {_cut(message.get('id'))} during turn {turn_id!r}")
         match message:
             case {"kind": "delta", "text": str(text)}:
                 streamed += len(text.encode())
@@ -108,17 +116,24 @@ async def _reply(jail: Jail, turn_id: str, deltas: Deltas) -> str:
                     "its state is as it was before; the traceback is in the node's log",
                 )
             case _:
-                raise _garbage(f"it sent a {message.get('kind')!r} that has not the right fields")
+                raise _garbage(f"it sent a {_cut(message.get('kind'))} that has not the right fields")
 
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
         message = json.loads(data)
-    except ValueError as error:
-        raise _garbage("it sent something that is not JSON") from error
-    if not isinstance(message, dict):
-        raise _garbage("it sent JSON that is not an object")
+        if not isinstance(message, dict):
+            raise _garbage("it sent JSON that is not an object")
+        for value in message.values():
+            if isinstance(value, str):
+                value.encode()  # an escaped lone surrogate is JSON, but no text that can be passed on
+    except (ValueError, RecursionError) as error:
+        raise _garbage("it sent something that is not JSON in UTF-8") from error
     return message
+
+
+def _cut(value: object) -> str:
+    return repr(value)[:80]
 
 
 def _check_size(size: int) -> None:

@@ -7,7 +7,9 @@ On the wire an error is a `google.rpc.Status` with an `ErrorInfo` (the field's s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum, StrEnum, auto
 from typing import Any, NoReturn, cast
 
@@ -59,6 +61,7 @@ class Reason(StrEnum):
     NODE_UNREACHABLE = auto()
     NODE_STOPPING = auto()
     NO_ROOM = auto()
+    NODE_FAILED = auto()
     STORE_UNAVAILABLE = auto()
     COORDINATOR_UNREACHABLE = auto()
     BLOB_MISSING = auto()
@@ -96,6 +99,7 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, Remedy]] = {
     Reason.NODE_UNREACHABLE: (_Code.UNAVAILABLE, _RESOLVE),
     Reason.NODE_STOPPING: (_Code.UNAVAILABLE, _RESOLVE),
     Reason.NO_ROOM: (_Code.RESOURCE_EXHAUSTED, _RETRY),
+    Reason.NODE_FAILED: (_Code.UNAVAILABLE, _RESOLVE),  # its disk is full or broken
     Reason.STORE_UNAVAILABLE: (_Code.UNAVAILABLE, _RETRY),
     Reason.COORDINATOR_UNREACHABLE: (_Code.UNAVAILABLE, _RETRY),
     Reason.BLOB_MISSING: (_Code.NOT_FOUND, _GIVE_UP),
@@ -158,6 +162,24 @@ def _reason_of(name: str) -> Reason:
         return Reason(name)
     except ValueError:  # a newer peer's reason: keep its text, lose only the remedy
         return Reason.INTERNAL
+
+
+@contextmanager
+def translated(unreachable: Reason, peer: str) -> Iterator[None]:
+    """RoostErrors for what a call in the block ends with.
+
+    A call whose channel is closed under it raises CancelledError, though nobody cancelled the task: to the
+    caller that is a peer that went away, and must not look like the end of the task.
+    """
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc(error, unreachable, peer) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RoostError(unreachable, f"the connection to {peer} was closed") from error
 
 
 def from_rpc(error: grpc.aio.AioRpcError, unreachable: Reason, peer: str) -> RoostError:

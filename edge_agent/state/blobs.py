@@ -12,7 +12,7 @@ import grpc.aio
 
 from protos.v1 import blobs_pb2, blobs_pb2_grpc
 from shared.content import Blob
-from shared.errors import Reason, RoostError, from_rpc
+from shared.errors import Reason, RoostError, translated
 
 _PEER = "the blob store"
 _HASHES_A_CALL = 4096  # about 270 KiB
@@ -54,30 +54,25 @@ class GrpcBlobs:
     async def missing(self, hashes: Collection[str]) -> set[str]:
         found: set[str] = set()
         for some in _grouped(sorted(hashes), _HASHES_A_CALL):
-            try:
+            with translated(Reason.BLOBS_UNAVAILABLE, _PEER):
                 reply = await self._stub.Missing(blobs_pb2.MissingRequest(hashes=some), timeout=self._timeout)
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc(error, Reason.BLOBS_UNAVAILABLE, _PEER) from error
             found.update(reply.hashes)
         return found & set(hashes)
 
     async def put(self, blobs: Iterable[Blob]) -> None:
         for some in _by_size(blobs):
-            try:
+            with translated(Reason.BLOBS_UNAVAILABLE, _PEER):
                 await self._stub.Put(_stream(some), timeout=self._timeout)
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc(error, Reason.BLOBS_UNAVAILABLE, _PEER) from error
 
     async def get(self, hashes: Sequence[str]) -> dict[str, Blob]:
         found: dict[str, Blob] = {}
         for some in _grouped(list(dict.fromkeys(hashes)), _BLOBS_A_CALL):
             call = self._stub.Get(blobs_pb2.GetRequest(hashes=some), timeout=self._timeout)
             try:
-                async for blob in call:
-                    if blob.hash in some:  # what nobody asked for is not kept
-                        found[blob.hash] = Blob.verified(blob.hash, blob.zstd)
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc(error, Reason.BLOBS_UNAVAILABLE, _PEER) from error
+                with translated(Reason.BLOBS_UNAVAILABLE, _PEER):
+                    async for blob in call:
+                        if blob.hash in some:  # what nobody asked for is not kept
+                            found[blob.hash] = Blob.verified(blob.hash, blob.zstd)
             finally:
                 call.cancel()
             for hash in some:

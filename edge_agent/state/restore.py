@@ -117,7 +117,7 @@ async def restore(
             await files.make_dir(entry)
     except OSError as error:
         raise RoostError(
-            Reason.RESTORE_INCOMPLETE, f"the state can't be put back: {error}", "check this node's disk"
+            Reason.NODE_FAILED, f"the state can't be put back here: {error}", "is this node's disk full?"
         ) from error
     return Index(boot_id(), uploaded=True, files=known)
 

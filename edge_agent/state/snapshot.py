@@ -76,14 +76,17 @@ async def capture(
     return Snapshot(tuple(nodes), Index(boot_id(), uploaded=False, files=known), new)
 
 
-async def upload(snapshot: Snapshot, manifest: Encoded, chunks: ChunkStore, blobs: Blobs) -> Index:
+async def upload(
+    snapshot: Snapshot, manifest: Encoded, chunks: ChunkStore, blobs: Blobs, again: bool = False
+) -> Index:
     """Makes durable what the manifest of this snapshot needs; returns the index to capture the next from.
+    `again`: after an attempt that was cut off, only what it did not bring there is sent.
 
     BLOBS_UNAVAILABLE if the store can't take it (try again: nothing is lost), BLOB_MISSING if the node's own
     copy of a chunk is gone (capture again, without the previous index).
     """
     wanted = set(snapshot.new)
-    if len(wanted) > _FEW:
+    if again or len(wanted) > _FEW:
         wanted = await blobs.missing(wanted)
     await blobs.put(_blobs(wanted, manifest, chunks))
     return replace(snapshot.index, uploaded=True)
@@ -112,7 +115,7 @@ async def _read(files: Files, entry: Entry, chunks: ChunkStore) -> tuple[str, ..
         return await in_thread(_store, fd, entry, chunks)
     except OSError as error:
         raise RoostError(
-            Reason.JAIL_FAILED, f"{entry.path!r} can't be read and kept: {error}", "check this node's disk"
+            Reason.NODE_FAILED, f"{entry.path!r} can't be read and kept: {error}", "is this node's disk full?"
         ) from error
     finally:
         os.close(fd)

@@ -7,7 +7,8 @@ that the manifest names is durable, so its root may be published.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,22 +78,28 @@ class StateStore:
 
     async def capture(self, files: Files, previous: Index | None) -> Snapshot:
         """To be called while nothing can change the files."""
-        return await capture(files, previous, self.chunks)
+        with _disk():
+            return await capture(files, previous, self.chunks)
 
-    async def upload(self, snapshot: Snapshot, manifest: StateManifest) -> tuple[str, Index]:
+    async def upload(
+        self, snapshot: Snapshot, manifest: StateManifest, again: bool = False
+    ) -> tuple[str, Index]:
         """Makes the snapshot and its manifest durable; returns the manifest's root, and the index to capture
-        the next snapshot from."""
-        encoded = encode(manifest)
-        index = await upload(snapshot, encoded, self.chunks, self.blobs)
+        the next snapshot from. `again`: an earlier attempt may have brought a part of it there."""
+        encoded = await asyncio.to_thread(encode, manifest)
+        index = await upload(snapshot, encoded, self.chunks, self.blobs, again)
         await asyncio.to_thread(self._keep, [Blob.of(plain) for plain in encoded.blobs.values()])
         return encoded.root, index
 
     async def restore(self, files: Files, manifest: StateManifest, index: Index | None) -> Index:
-        return await restore(files, manifest.nodes, index, self.chunks, self.blobs)
+        with _disk():
+            return await restore(files, manifest.nodes, index, self.chunks, self.blobs)
 
     def _keep(self, blobs: Iterable[Blob]) -> None:
-        for blob in blobs:
-            self.chunks.put(blob)
+        """Only a copy, for speed: a disk that can't take it is no reason to fail."""
+        with suppress(OSError):
+            for blob in blobs:
+                self.chunks.put(blob)
 
     async def _fetch(self, hashes: Sequence[str]) -> dict[str, bytes]:
         found = {hash: blob.plain for hash in hashes if (blob := self.chunks.get(hash))}
@@ -102,6 +109,16 @@ class StateStore:
             await asyncio.to_thread(self._keep, fetched.values())
             found.update((hash, blob.plain) for hash, blob in fetched.items())
         return found
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RoostError(
+            Reason.NODE_FAILED, f"this node's disk fails: {error}", "is it full? another node may have room"
+        ) from error
 
 
 def _incomplete(key: InstanceKey, version: int, why: str) -> RoostError:

@@ -6,18 +6,20 @@ import itertools
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
-from coordinator.records import SIGNING_KEY, decode_signing_key
+from coordinator.records import SIGNING_KEY, InstanceRecord, Phase, decode_signing_key, instance_key
+from coordinator.store.base import Expect, Put
 from coordinator.store.etcd import open_etcd
 from protos.v1 import admin_pb2, admin_pb2_grpc, common_pb2, resolver_pb2, resolver_pb2_grpc
 from roost.cli.deploy import _deploy, check
 from roost.client import AsyncClient
 from shared import rpc
 from shared.bundle import pack
+from shared.identity import InstanceKey
 from tests.support.etcd import Etcd, free_ports, running_etcd
 from tests.support.eventually import eventually
 from tests.support.process import Process
@@ -91,6 +93,16 @@ class Mesh:
         async with rpc.channel(self.addresses[0]) as channel:
             reply = await resolver_pb2_grpc.ResolverStub(channel).Resolve(request, timeout=5.0)
         assert reply.epoch == instance.epoch + 1, reply
+
+    async def take_away_silently(self, agent: str, user: str, node: str) -> None:
+        """Gives the instance to `node` in etcd, and nobody tells the owner."""
+        async with open_etcd([self.etcd.endpoint]) as store:
+            stored = await store.get(instance_key(InstanceKey("default", agent, user)))
+            assert stored is not None
+            old = InstanceRecord.decode(stored).value
+            new = replace(old, node=node, epoch=old.epoch + 1, phase=Phase.PLACED)
+            result = await store.txn([Expect(stored.key, stored.revision)], [Put(stored.key, new.encode())])
+            assert result.succeeded
 
     async def signing_key(self) -> bytes:
         """The mesh's private key, as only something with etcd's address can get it."""

@@ -154,16 +154,48 @@ async def test_a_commit_with_an_old_epoch_is_refused_and_its_jail_killed(tmp_pat
         async with mesh.client() as client, mesh.client() as other:
             async with client.attach("probe", "ana") as ana, other.attach("probe", "ana") as elsewhere:
                 await ana.send("append one")
-                # A turn runs on the edge while the instance is given to the cloud under its feet.
+                # While a turn runs on the edge, the instance is given to the cloud, and the edge not told.
+                # All that stands between it and a second truth is the epoch of its commit.
                 turn = asyncio.create_task(ana.send("slow-append 2 two", turn_id="t-2"))
                 await asyncio.sleep(0.5)
-                await mesh.take_away("probe", "ana")
-                reply = await elsewhere.send("append three")
-                assert (reply.receipt.node, reply.receipt.epoch) == ("cloud-1", 2)
+                await mesh.take_away_silently("probe", "ana", "cloud-1")
+                await eventually(lambda: "EPOCH_STALE" in mesh.nodes["edge-north"].log(), 10.0)
                 moved = await turn  # refused on the edge; sent again by the client, and applied once
                 assert (moved.receipt.node, moved.receipt.epoch) == ("cloud-1", 2)
-                assert await lines(elsewhere) == ["one", "three", "two"]
+                reply = await elsewhere.send("append three")
+                assert json.loads(reply.text) == ["one", "two", "three"]
+                assert (reply.receipt.node, reply.receipt.epoch) == ("cloud-1", 2)
                 await eventually(lambda: len(mesh.nodes["edge-north"].tree()) == 2, 5.0, "its jail killed")
+
+
+async def test_an_instance_taken_away_in_the_middle_of_a_turn_ends_at_once(tmp_path: Path) -> None:
+    async with running_mesh(tmp_path, [NORTH, CLOUD]) as mesh:
+        await mesh.deploy(PROBE)
+        async with mesh.client() as client, client.attach("probe", "ana") as ana:
+            await ana.send("append one")
+            turn = asyncio.create_task(ana.send("slow-append 4 two"))
+            await asyncio.sleep(0.5)
+            await mesh.take_away("probe", "ana")
+            await eventually(lambda: len(mesh.nodes["edge-north"].tree()) == 2, 2.0, "its jail killed")
+            moved = await turn
+            assert json.loads(moved.text) == ["one", "two"]
+            assert (moved.receipt.node, moved.receipt.epoch) == ("cloud-1", 2)
+
+
+async def test_a_coordinator_that_stops_while_turns_are_committed_loses_none(tmp_path: Path) -> None:
+    async with running_mesh(tmp_path, [NORTH], coordinators=2) as mesh:
+        await mesh.deploy(PROBE)
+        async with mesh.client() as client, client.attach("probe", "ana") as ana:
+            await ana.send("append t0")
+            # Again and again, so that stops fall into fetches, uploads and commits too.
+            for round in range(6):
+                stopping = mesh.coordinators[round % 2]
+                turn = asyncio.create_task(ana.send(f"append t{round + 1}", timeout=30.0))
+                await asyncio.sleep(0.004 * round)
+                await stopping.stop()
+                assert json.loads((await turn).text) == [f"t{i}" for i in range(round + 2)]
+                await stopping.start()
+                await mesh.wait_up("edge-north")
 
 
 async def test_a_node_frozen_past_its_ttl_commits_nothing_when_it_wakes(tmp_path: Path) -> None:

@@ -21,27 +21,27 @@ def key(n: int) -> InstanceKey:
 
 def test_full_means_no_and_says_what_is_taken() -> None:
     room = Reservations("edge-1", CAPACITY)
-    room.claim(key(1), SMALL, now=0)
-    room.reserve(key(2), SMALL, now=0, hold=10)
+    room.claim(key(1), 1, SMALL, now=0)
+    room.reserve(key(2), 1, SMALL, now=0, hold=10)
     with pytest.raises(RoostError, match="no room for default/probe/u3") as caught:
-        room.claim(key(3), SMALL, now=5)
+        room.claim(key(3), 1, SMALL, now=5)
     assert caught.value.reason is Reason.NODE_FULL
 
 
 def test_a_reservation_that_nobody_claims_runs_out() -> None:
     room = Reservations("edge-1", CAPACITY)
-    room.reserve(key(1), Resources(250, 1, 1), now=0, hold=10)
-    room.claim(key(2), SMALL, now=10)
+    room.reserve(key(1), 1, Resources(250, 1, 1), now=0, hold=10)
+    room.claim(key(2), 1, SMALL, now=10)
     assert room.total(10) == SMALL
 
 
 def test_a_claim_on_what_is_reserved_counts_once_and_stays() -> None:
     room = Reservations("edge-1", CAPACITY)
-    room.reserve(key(1), Resources(250, 1, 1), now=0, hold=10)
-    room.claim(key(1), Resources(250, 1, 1), now=9)
-    room.reserve(key(1), Resources(250, 1, 1), now=9, hold=10)  # of the next epoch, say
+    room.reserve(key(1), 1, Resources(250, 1, 1), now=0, hold=10)
+    room.claim(key(1), 1, Resources(250, 1, 1), now=9)
+    room.reserve(key(1), 1, Resources(250, 1, 1), now=9, hold=10)  # of the next epoch, say
     assert room.total(1000) == Resources(250, 1, 1)
-    room.release(key(1))
+    room.release(key(1), 1)
     assert room.total(1000) == Resources()
 
 
@@ -62,11 +62,11 @@ def test_never_more_than_the_capacity(steps: list[tuple[str, int, int, float]]) 
         try:
             match what:
                 case "reserve":
-                    room.reserve(key(n), Resources(memory, 10, 1), now, hold=3)
+                    room.reserve(key(n), 1, Resources(memory, 10, 1), now, hold=3)
                 case "claim":
-                    room.claim(key(n), Resources(memory, 10, 1), now)
+                    room.claim(key(n), 1, Resources(memory, 10, 1), now)
                 case _:
-                    room.release(key(n))
+                    room.release(key(n), 1)
         except RoostError as error:
             assert error.reason is Reason.NODE_FULL
         assert fits(Resources(), room.total(now), CAPACITY)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from edge_agent.jail.api import Exit, JailGone
+from edge_agent.jail.turns import TurnSocket
 from edge_agent.turns import Deltas, Turn, run_turn, wait_ready
 from shared.errors import Reason, RoostError
 
@@ -64,6 +68,10 @@ async def test_deltas_then_the_reply() -> None:
         ({"kind": "what", "id": "t1"}, Reason.AGENT_CRASHED),
         (b"\xff\xfe", Reason.AGENT_CRASHED),
         (b"[1]", Reason.AGENT_CRASHED),
+        (b"[" * 200_000, Reason.AGENT_CRASHED),
+        (b'{"kind": "reply", "id": "t1", "text": "\\ud800"}', Reason.AGENT_CRASHED),
+        (b'{"kind": "error", "id": "t1", "message": "\\ud800"}', Reason.AGENT_CRASHED),
+        ({"kind": "x" * (1 << 20), "id": "t1"}, Reason.AGENT_CRASHED),
     ],
 )
 async def test_whatever_it_says_the_error_has_a_name_and_a_hint(
@@ -89,6 +97,44 @@ async def test_a_crash_says_how(exit: Exit, reason: Reason, words: str) -> None:
     assert caught.value.reason is reason
     if exit.stderr_tail:
         assert "KeyError: 'x'" in caught.value.hint
+
+
+async def test_an_agent_that_never_pauses_holds_up_nobody_else() -> None:
+    """A real socket that always has another empty delta: only a bound and a pause end it."""
+    ours, theirs = socket.socketpair()
+    stop = threading.Event()
+
+    def flood() -> None:
+        body = json.dumps({"kind": "delta", "id": "t1", "text": ""}).encode()
+        frames = (len(body).to_bytes(4, "big") + body) * 1000
+        with suppress(OSError):
+            while not stop.is_set():
+                theirs.sendall(frames)
+
+    flooder = threading.Thread(target=flood, daemon=True)
+    turns = TurnSocket(ours)
+    flooder.start()
+    beats = 0
+
+    async def heartbeats() -> None:
+        nonlocal beats
+        while True:
+            await asyncio.sleep(0)
+            beats += 1
+
+    beating = asyncio.create_task(heartbeats())
+    try:
+        with pytest.raises(RoostError) as caught:
+            await run_turn(turns, TURN, Deltas(), 60.0)  # type: ignore[arg-type]
+        assert caught.value.reason is Reason.AGENT_CRASHED
+        assert "MiB in one turn" in caught.value.message
+        assert beats > 1000
+    finally:
+        stop.set()
+        beating.cancel()
+        turns.close()
+        theirs.close()
+        flooder.join(5)
 
 
 async def test_silence_ends_at_the_timeout() -> None:
