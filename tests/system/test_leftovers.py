@@ -19,23 +19,23 @@ from tests.support.mesh import AGENTS, NORTH, running_mesh
 
 
 async def test_a_clean_stop_leaves_the_data_and_nothing_else(tmp_path: Path) -> None:
-    before = leftovers.count()
+    before = leftovers.count(tmp_path)
     async with running_mesh(tmp_path, [NORTH]) as mesh:
         await mesh.deploy(AGENTS / "probe")
         async with mesh.client() as client:
             for user in ("ana", "ben", "cy"):
                 async with client.attach("probe", user) as chat:
                     await chat.send("append one")
-        assert leftovers.count().since(before)["cgroups"]
+        assert leftovers.count(tmp_path).since(before)["cgroups"]
         assert await mesh.nodes["edge-north"].stop() == 0
-        left = leftovers.count().since(before)
+        left = leftovers.count(tmp_path).since(before)
         assert not left.get("cgroups")
         assert not left.get("mounts")
         assert not any("edge" in p or "probe" in p for p in left.get("processes", []))
 
 
 async def test_after_kill_9_of_everything_of_a_node_its_successor_cleans_up(tmp_path: Path) -> None:
-    before = leftovers.count()
+    before = leftovers.count(tmp_path)
     async with running_mesh(tmp_path, [NORTH]) as mesh:
         await mesh.deploy(AGENTS / "probe")
         node = mesh.nodes["edge-north"]
@@ -50,11 +50,11 @@ async def test_after_kill_9_of_everything_of_a_node_its_successor_cleans_up(tmp_
                 await node.wait(5.0)
 
                 def processes_left() -> bool:
-                    left = leftovers.count().since(before).get("processes", [])
+                    left = leftovers.count(tmp_path).since(before).get("processes", [])
                     return not any("edge_agent" in p or "probe" in p for p in left)
 
                 await eventually(processes_left, 5.0, "all processes of the node gone")
-                assert not leftovers.count().since(before).get("mounts")
+                assert not leftovers.count(tmp_path).since(before).get("mounts")
                 await node.start()
                 expected = ["one", *(f"r{i}" for i in range(round + 1))]
                 assert json.loads((await turn).text) == expected
