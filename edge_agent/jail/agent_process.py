@@ -9,11 +9,21 @@ import signal
 from dataclasses import dataclass
 from typing import NoReturn
 
-from edge_agent.jail import kernel
+from edge_agent.jail import kernel, seccomp
+from edge_agent.jail.plan import Do, Operation, carry_out
 from edge_agent.jail.protocol import AGENT_ID, Make, Refused
+from edge_agent.state.files import MAX_STATE
 
 TURN_FD = 3
-_OPEN_FILES = 1024
+_LIMITS = (
+    # Of one byte, since only that stops a core dump that is piped into a program of the host's, which runs as
+    # root; a limit of 0 stops those that go to files alone.
+    (resource.RLIMIT_CORE, 1),
+    (resource.RLIMIT_NOFILE, 1024),
+    (resource.RLIMIT_FSIZE, MAX_STATE),
+    (resource.RLIMIT_RTPRIO, 0),
+    (resource.RLIMIT_NICE, 0),
+)
 _ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/state",
@@ -73,16 +83,35 @@ def _arrange(fds: Descriptors, tell: int) -> int:
 
 
 def _become_agent() -> None:
-    os.setsid()
+    carry_out(LAST_STEPS)
+
+
+def _default_signals() -> None:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and exec would keep so
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
+
+
+def _limit() -> None:
+    for kind, most in _LIMITS:
+        resource.setrlimit(kind, (most, most))
+
+
+def _change_ids() -> None:
     os.setgroups([])
     os.setresgid(AGENT_ID, AGENT_ID, AGENT_ID)
     os.setresuid(AGENT_ID, AGENT_ID, AGENT_ID)
-    os.chdir("/agent")
-    # The order that matters at the end: capabilities, then no_new_privs; a syscall filter would follow.
-    kernel.drop_capabilities()
-    kernel.no_new_privs()
+
+
+# What is left to do in the agent's own process when the root is made. The order matters at the end:
+# capabilities go with the ids, no_new_privs allows the filter, and the filter forbids what came before it.
+LAST_STEPS: tuple[Operation, ...] = (
+    Do("begin a session of its own", os.setsid),
+    Do("reset signals", _default_signals),
+    Do("limit files to 4 GiB, open ones to 1024; no core dump, no real-time priority", _limit),
+    Do("go to /agent", lambda: os.chdir("/agent")),
+    Do(f"become uid and gid {AGENT_ID}", _change_ids),
+    Do("drop all capabilities", kernel.drop_capabilities),
+    Do("set no_new_privs", kernel.no_new_privs),
+    Do("filter system calls", lambda: kernel.filter_system_calls(seccomp.agent_filter())),
+)

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 
-from edge_agent.jail import cgroups
+from edge_agent.jail import cgroups, seccomp
 from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.daemon_process import DaemonStarterAsRoot
@@ -26,6 +26,7 @@ _LOCK_SECONDS = 5.0
 def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
     """Until SIGTERM or SIGINT. Refused if it can't start."""
     directories = Directories(config)
+    seccomp.agent_filter()  # now, so that a machine for which there is none is refused, and forks inherit it
     lock, groups = _take_over(config)
     try:
         trash = directories.prepare()

@@ -21,13 +21,18 @@ _PROC_READ_ONLY = ("sys", "irq", "bus", "fs", "sysrq-trigger")
 _PROC_HIDDEN = (
     "acpi",
     "asound",
+    "interrupts",
+    "kallsyms",
     "kcore",
     "keys",
     "key-users",
     "latency_stats",
+    "modules",
+    "pressure",
     "sched_debug",
     "scsi",
     "timer_list",
+    "timer_stats",
 )
 _DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9))
 _DEV_LINKS = (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2"))

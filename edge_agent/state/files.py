@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+MAX_STATE = 4 << 30  # bytes of all files together; a sparse file may claim to be of any size
+
 
 class Kind(StrEnum):
     FILE = "file"

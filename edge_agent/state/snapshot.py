@@ -14,15 +14,13 @@ from dataclasses import dataclass, replace
 
 from edge_agent.state.blobs import Blobs
 from edge_agent.state.chunks import ChunkStore
-from edge_agent.state.files import Entry, Files, Kind
+from edge_agent.state.files import MAX_STATE, Entry, Files, Kind
 from edge_agent.state.index import SETTLED_NS, Index, Known, boot_id, write_back
 from edge_agent.state.threads import in_thread
 from shared.content import Blob, chunks_of, hash_of
 from shared.errors import Reason, RoostError
 from shared.manifest import MAX_TIME, DirNode, Encoded, FileNode, LinkNode, Node, blobs_of
 from shared.units import format_size
-
-MAX_STATE = 4 << 30  # bytes of all files together; a sparse file may claim to be of any size
 
 _FEW = 16  # new chunks up to which asking what is missing costs more than sending it again
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from edge_agent.state.blobs import MemoryBlobs
 from edge_agent.state.chunks import ChunkStore
-from edge_agent.state.files import Entry, Files
+from edge_agent.state.files import MAX_STATE, Entry, Files
 from edge_agent.state.index import Index
 from edge_agent.state.local_files import LocalFiles
 from edge_agent.state.restore import restore
-from edge_agent.state.snapshot import MAX_STATE, Snapshot, capture, upload
+from edge_agent.state.snapshot import Snapshot, capture, upload
 from shared.errors import Reason, RoostError
 from shared.manifest import Encoded, FileNode, StateManifest, decode, encode
 from tests.unit.state.trees import TREES, Dir, put, seen

@@ -1,0 +1,1 @@
+"""What hostile code tries in a jail. `python -m probe` from the directory above runs it; see `__main__`."""

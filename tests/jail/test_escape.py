@@ -1,0 +1,81 @@
+"""The escape matrix: each hazard is tried in a jail, and the wall holds. docs/security/jail.md says what
+stops it; `make bench NAME=escape` shows other sandboxes beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.jail.probe.__main__ import HAZARDS
+from tests.support.escape import Report, canaries, probe_in_jail
+from tests.support.jailer import needs_root
+
+PAGE = Path(__file__).parents[2] / "docs" / "security" / "jail.md"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    directory = tmp_path_factory.mktemp("canaries")
+    with canaries(directory) as environment:
+        return asyncio.run(probe_in_jail(environment))
+
+
+@needs_root
+@pytest.mark.parametrize("hazard", HAZARDS)
+def test_the_wall_holds(report: Report, hazard: str) -> None:
+    held, what = report[hazard]
+    assert held, f"{hazard}: {what}"
+
+
+# What stops a hazard can be told from how it failed: the filter, not just the lack of a capability or module.
+FILTERED = {
+    "user namespace by unshare": "EPERM",
+    "user namespace by clone": "EPERM",
+    "user namespace by clone3": "ENOSYS",
+    "open_by_handle_at (dac_read_search)": "EPERM",
+    "name_to_handle_at": "EPERM",
+    "userfaultfd": "EPERM",
+    "io_uring": "EPERM",
+    "keyring: add a key": "EPERM",
+    "ptrace": "EPERM",
+    "read another process's memory (process_vm_readv)": "EPERM",
+    "kernel crypto (AF_ALG)": "EAFNOSUPPORT",
+    "vsock, to the hypervisor": "EAFNOSUPPORT",
+    "rare protocols (SCTP)": "EPROTONOSUPPORT",
+    "netlink: uevents": "EPROTONOSUPPORT",
+    "push input into a terminal (TIOCSTI)": "EPERM",
+    "turn off address randomisation": "EPERM",
+    "pages shared with other users' (KSM)": "EINVAL",
+    "32-bit system calls": "killed by SIGSYS",
+    "memory bomb": "killed by SIGKILL",
+    "fork bomb": "EAGAIN",
+    "fill /tmp": "ENOSPC",
+    "one file of any size": "EFBIG",
+    "descriptors without end": "EMFILE",
+    "abstract unix socket of the host": "ECONNREFUSED",
+    "connect to a port of the host": "ECONNREFUSED",
+    "a way out: TCP or UDP to another machine": "ENETUNREACH",
+    "a way out: DNS": "ENETUNREACH",
+    "signal a process of the host": "ESRCH",
+}
+
+
+@needs_root
+@pytest.mark.parametrize(("hazard", "how"), FILTERED.items())
+def test_what_stops_it(report: Report, hazard: str, how: str) -> None:
+    if hazard == "32-bit system calls" and report[hazard][1] == "nothing there":
+        pytest.skip("this machine has none")
+    assert report[hazard] == [True, how]
+
+
+def test_the_page_lists_every_hazard_and_no_other() -> None:
+    table = (
+        PAGE.read_text().split("## The escape matrix")[1].split("\nHazards that are tried from outside")[0]
+    )
+    listed = {
+        part for row in re.findall(r"^\| (.+?) \|", table, re.M) for part in re.findall(r"`([^`]+)`", row)
+    }
+    assert listed == set(HAZARDS)
