@@ -14,7 +14,7 @@ from edge_agent.jail.protocol import AGENT_ID, Make, Refused
 
 TURN_FD = 3
 _OPEN_FILES = 1024
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/state",
     "TMPDIR": "/tmp",
@@ -30,6 +30,10 @@ class Descriptors:
     turn: int
     cgroups: tuple[int, ...]
     output: int
+
+
+def environment(request: Make) -> dict[str, str]:
+    return {**dict(variable.split("=", 1) for variable in request.env), **ENVIRONMENT}
 
 
 def start_agent(request: Make, fds: Descriptors) -> int:
@@ -51,8 +55,7 @@ def _child(request: Make, fds: Descriptors, tell: int) -> NoReturn:
     try:
         tell = _arrange(fds, tell)
         _become_agent()
-        environment = dict(variable.split("=", 1) for variable in request.env)
-        os.execve(request.argv[0], request.argv, {**environment, **_ENVIRONMENT})
+        os.execve(request.argv[0], request.argv, environment(request))
     except BaseException as error:
         os.write(tell, f"{request.argv[0]} can't be run: {error}".encode())
     os._exit(127)
