@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 
@@ -27,6 +28,7 @@ from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec
 from edge_agent.jail.python import python_argv
 from edge_agent.records import NodeRecord, Records
 from edge_agent.reservations import Reservations
+from edge_agent.starts import Exec, FromZygote, Parked, Starts, Way
 from edge_agent.state.index import Index
 from edge_agent.state.store import StateStore
 from edge_agent.tenure import Tenure
@@ -71,6 +73,24 @@ class Lost:
 
 State = Asleep | Live | Lost
 
+
+def _name(way: Way) -> str:
+    match way:
+        case Parked():
+            return "parked"
+        case FromZygote():
+            return "zygote"
+        case Exec():
+            return "exec"
+        case _:
+            assert_never(way)
+
+
+def _is_agents_fault(error: RoostError | JailGone) -> bool:
+    """Another way of starting would end no better."""
+    return isinstance(error, RoostError) and error.reason is not Reason.JAIL_FAILED
+
+
 T = TypeVar("T")
 
 
@@ -94,6 +114,7 @@ class Parts:
     reservations: Reservations
     tenure: Tenure
     clock: Callable[[], float]
+    starts: Starts
     commit_seconds: float = 10.0  # within which a turn's outcome must be certain
 
 
@@ -255,39 +276,70 @@ class Instance:
 
     async def _start(self, committed: CommittedState, manifest: StateManifest) -> Live:
         agent, parts = committed.agent, self._parts
-        policy = agent.policy
-        parts.reservations.claim(self.key, policy.need, parts.clock())
+        parts.reservations.claim(self.key, agent.policy.need, parts.clock())
         await parts.state.bundles.ensure(agent.version, agent.bundle_root)
-        jail = await parts.jails.make(
-            JailSpec(
-                jail_id=self.jail_id,
-                bundle=agent.version,
-                argv=python_argv(policy.run.entry),
-                limits=policy.need,
-            )
-        )
-        self._jail = jail
-        try:
-            self.freezer.attach(jail)
-            known = parts.records.get(self.jail_id)
-            index = await parts.state.restore(jail.files, manifest, known.index if known else None)
-            self._record(agent, manifest, committed.root, index)
-            self._check_owner()
-            await jail.start()
-            await wait_ready(jail, policy.run.start_timeout)
-        except BaseException:
-            self._jail = None
-            self.freezer.detach()
-            await jail.kill()
-            raise
+        known = parts.records.get(self.jail_id)
+        for way in parts.starts.ways(agent, is_new_here=known is None):
+            began = parts.clock()
+            try:
+                index = await self._start_by(way, committed, manifest, known)
+            except (RoostError, JailGone) as error:
+                if isinstance(way, Exec) or _is_agents_fault(error):
+                    raise
+                log.warning("%s can't be started by %s: %s", self.key, _name(way), error)
+                continue
+            log.info("%s: %s, %.1f ms", self.key, _name(way), (parts.clock() - began) * 1000)
+            break
         if committed.version == 0:
             resumed_from = common_pb2.NEW
         elif known and known.index and known.version == committed.version:
             resumed_from = common_pb2.DISK
         else:
             resumed_from = common_pb2.BLOBS
-        self.state = live = Live(jail, agent, manifest, index, resumed_from)
+        assert self._jail is not None
+        self.state = live = Live(self._jail, agent, manifest, index, resumed_from)
         return live
+
+    async def _start_by(
+        self, way: Way, committed: CommittedState, manifest: StateManifest, known: NodeRecord | None
+    ) -> Index:
+        """Leaves the running agent's jail in `_jail`, or nothing behind."""
+        parts, run = self._parts, committed.agent.policy.run
+        own_id = self.jail_id
+        jail = way.jail if isinstance(way, Parked) else await self._make(committed.agent, way)
+        self._jail = jail
+        try:
+            self.jail_id = jail.jail_id
+            self.freezer.attach(jail)
+            index = await parts.state.restore(jail.files, manifest, known.index if known else None)
+            self._record(committed.agent, manifest, committed.root, index)
+            self._check_owner()
+            if not isinstance(way, Parked):
+                await jail.start()
+                await wait_ready(jail, run.start_timeout)
+        except BaseException:
+            self._jail = None
+            self.freezer.detach()
+            await jail.kill()
+            if isinstance(way, Parked):
+                self.jail_id = own_id
+                parts.records.delete(jail.jail_id)
+                with suppress(RoostError):  # then the next start of the node removes it
+                    await parts.jails.discard(jail.jail_id)
+            raise
+        return index
+
+    async def _make(self, agent: Agent, way: Way) -> Jail:
+        policy = agent.policy
+        return await self._parts.jails.make(
+            JailSpec(
+                jail_id=self.jail_id,
+                bundle=agent.version,
+                argv=python_argv(policy.run.entry),
+                limits=policy.need,
+                zygote=way.jail_id if isinstance(way, FromZygote) else "",
+            )
+        )
 
     async def adopt(self, jail: Jail, record: NodeRecord) -> None:
         """Goes on with a jail that an earlier daemon of this node started and left between turns.

@@ -47,12 +47,18 @@ class Records:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=OFF")
         self._db.execute(_SCHEMA)
+        self._db.execute("CREATE UNIQUE INDEX IF NOT EXISTS by_key ON instances (key)")
 
     def close(self) -> None:
         self._db.close()
 
     def get(self, jail_id: str) -> NodeRecord | None:
         row = self._db.execute("SELECT * FROM instances WHERE jail_id = ?", (jail_id,)).fetchone()
+        return self._record(row) if row else None
+
+    def of_key(self, key: InstanceKey) -> NodeRecord | None:
+        """The record of an instance; there is at most one, in whatever jail it is."""
+        row = self._db.execute("SELECT * FROM instances WHERE key = ?", (str(key),)).fetchone()
         return self._record(row) if row else None
 
     def all(self) -> list[NodeRecord]:

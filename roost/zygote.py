@@ -55,7 +55,7 @@ class _Given(NamedTuple):
 
 
 def main_zygote(entry: str) -> NoReturn:
-    """Forks on demand until the node closes the socket. Returns never, but in a child it becomes the agent."""
+    """Forks on demand until the node closes the socket. In a child it becomes the agent."""
     node = socket.socket(fileno=WIRE_FD)
     node.set_inheritable(False)
     try:
@@ -102,7 +102,7 @@ def _enter(node: socket.socket, agent: Agent, request: dict[str, Any], fds: list
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for group in given.groups:  # first, so that all that follows counts against the jail's limits
             os.write(group, b"0")
-        for fd, kind in zip(given.namespaces, _NAMESPACES):
+        for fd, kind in zip(given.namespaces, _NAMESPACES):  # noqa: B905  # Python 3.9
             _check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), "setns")
         pid = os.fork()
     except BaseException as error:
@@ -154,7 +154,7 @@ def _become_agent(given: _Given, uid: int, env: dict[str, str]) -> None:
     _check(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0), "prctl")
     _check(_libc.capset(struct.pack("=II", _CAP_VERSION_3, 0), struct.pack("=6I", *[0] * 6)), "capset")
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
-    # Its own /proc/self is its own: the kernel took that away with the change of uid. Nobody else has this uid.
+    # Gives it its own /proc/self back, which the change of uid took away. Nobody else has this uid.
     _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
     # The place of the final system call filter: everything that needs more than an agent may has been done.
 

@@ -61,6 +61,11 @@ class Jail(Protocol):
         """Its /state."""
         ...
 
+    @property
+    def ended(self) -> bool:
+        """Is its process known to have ended?"""
+        ...
+
     async def start(self) -> None:
         """Runs the agent; returns when its process exists (the agent says by itself when it is ready)."""
         ...

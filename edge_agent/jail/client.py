@@ -74,6 +74,10 @@ class JailedAgent:
         return self._files
 
     @property
+    def ended(self) -> bool:
+        return self._exit.done()
+
+    @property
     def torn(self) -> bool:
         """Did an earlier daemon end in the midst of a message? Then nothing can be said to the agent."""
         return self._turns.torn
@@ -108,12 +112,12 @@ class JailedAgent:
     async def kill(self) -> Exit:
         with suppress(JailGone):
             answer = await self._ask_jailer(protocol.Kill(self._jail_id))
-            self.ended(Exit(**answer.values))
+            self.set_ended(Exit(**answer.values))
         # What came last is not waited for: whoever kills wants no more of it.
         self._turns.close()
         return self._exit.result()
 
-    def ended(self, exit: Exit) -> None:
+    def set_ended(self, exit: Exit) -> None:
         """The jailer says so. What the agent has sent before can still be received."""
         if not self._exit.done():
             self._exit.set_result(exit)
@@ -268,7 +272,7 @@ class JailerClient:
         forked = isinstance(request, protocol.Make) and request.way is Way.FORK
         jail = self._running[jail_id] = JailedAgent(self, jail_id, forked, *answer.fds)
         if exit is not None:
-            jail.ended(exit)
+            jail.set_ended(exit)
         return jail
 
     def _on_event(self, body: Body) -> None:
@@ -277,7 +281,7 @@ class JailerClient:
         jail_id = body["jail_id"]
         exit = Exit(body["code"], body["out_of_memory"], body["stderr_tail"])
         if jail_id in self._running:
-            self._running[jail_id].ended(exit)
+            self._running[jail_id].set_ended(exit)
         elif zygote := self._zygotes.pop(jail_id, None):
             zygote.ended = True
         elif jail_id in self._awaited:

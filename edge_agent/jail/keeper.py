@@ -61,9 +61,7 @@ class Keeper:
 
     def jail_ids(self) -> list[str]:
         """Of those that a daemon may adopt."""
-        return sorted(
-            i for i, c in self._cells.items() if isinstance(c.phase, Running) and not c.is_zygote
-        )
+        return sorted(i for i, c in self._cells.items() if isinstance(c.phase, Running) and not c.is_zygote)
 
     def needs_directory(self, jail_id: str) -> bool:
         """Does it run, or is its uid the owner of a jail's user namespace?"""
@@ -259,7 +257,7 @@ class Keeper:
         self._loop.refresh(zygote.supervisor)
 
     def _hear_fork(self, cell: Cell, report: Wire, request_id: int) -> None:
-        """What the zygote's child says of the agent. It ends when we close: until then the agent's end waits."""
+        """What the zygote's child says. It lives until we close; so long the agent's end waits for us."""
         try:
             frames = report.receive()
             if not frames:

@@ -115,7 +115,7 @@ class Attach:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Starts the agent of a jail that was made to be forked into, once. Answered when its process is there."""
+    """Starts the agent of a jail that was made to be forked into, once. Answered when its process runs."""
 
     do: ClassVar[str] = "fork"
     jail_id: str

@@ -64,8 +64,8 @@ class Walls:
 
 
 def spawn_for_fork(request: Make, walls: Walls, cgroups: Cgroups) -> Spawned:
-    """Returns at once, with the pid of the builder; over the supervisor wire come BORN with that of init, which
-    is a child of the caller, and then READY, or FAILED."""
+    """Returns at once, with the pid of the builder. Over the supervisor wire come BORN with the pid of init,
+    which is a child of the caller, and then READY, or FAILED."""
     progress = mmap.mmap(-1, mmap.PAGESIZE)
     supervisor, inner_supervisor = pair()
     turn, inner_turn = pair()
@@ -137,6 +137,7 @@ class _Builder:
             if status == 0:
                 os.write(tell_built, b".")
                 os._exit(0)
+            os._exit(1)  # the mounter has said why
 
     def _mount(self) -> NoReturn:
         with _nothing_returns(self._supervisor, self._request.jail_id):
@@ -243,7 +244,7 @@ def is_in_jail(pid: int, init: int) -> bool:
     return False
 
 
-class _nothing_returns:  # noqa: N801  # used as a block
+class _nothing_returns:  # used as a block
     """Ends this process when the block ends, having told the jailer of what went wrong in it."""
 
     def __init__(self, supervisor: Wire, jail_id: str) -> None:
@@ -259,6 +260,8 @@ class _nothing_returns:  # noqa: N801  # used as a block
                 tell_failure(self._supervisor, error)
             elif error is not None and not isinstance(error, (Closed, Garbage, TimeoutError)):
                 log.error("a process that makes jail %s failed", self._jail_id, exc_info=error)
-                tell_failure(self._supervisor, Refused(f"making the jail failed: {error}", "see the node's log"))
+                tell_failure(
+                    self._supervisor, Refused(f"making the jail failed: {error}", "see the node's log")
+                )
         finally:
             os._exit(1)
