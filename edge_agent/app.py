@@ -22,6 +22,7 @@ from edge_agent.jail.client import JailerClient
 from edge_agent.link import Link
 from edge_agent.records import Records
 from edge_agent.reservations import Reservations
+from edge_agent.starts import PERIOD, Starts
 from edge_agent.state.store import StateStore
 from edge_agent.supervisor import Supervisor
 from edge_agent.tenure import Tenure
@@ -51,6 +52,9 @@ async def run(config: EdgeConfig, jailer: socket.socket) -> None:
     link = Link(config.node, config.coordinators, tenure)
     async with JailerClient(jailer) as jails:
         state = StateStore.at(config.data_dir, link.channel)
+        reservations = Reservations(config.node, capacity)
+        starts = Starts(jails, reservations, time.monotonic, lambda: starting.wake("a start"))
+        starting = ReconcileLoop("starts", starts.reconcile, PERIOD)
         parts = Parts(
             node=config.node,
             jails=jails,
@@ -58,9 +62,10 @@ async def run(config: EdgeConfig, jailer: socket.socket) -> None:
             commits=Commits(state, link),
             records=records,
             control=link,
-            reservations=Reservations(config.node, capacity),
+            reservations=reservations,
             tenure=tenure,
             clock=time.monotonic,
+            starts=starts,
         )
         supervisor = Supervisor(info, parts, lambda: [peer.node for peer in discovery.peers])
         await supervisor.adopt()
@@ -73,6 +78,7 @@ async def run(config: EdgeConfig, jailer: socket.socket) -> None:
                 services.start("link", link.run(supervisor))
                 services.start("tenure", _loop("tenure", supervisor.suspend_or_resume, _TENURE_PERIOD))
                 services.start("tidy", _loop("tidy", supervisor.tidy, _TIDY_PERIOD))
+                services.start("starts", starting.run())
                 services.start("jailer", jails.closed())
                 if config.mdns:
                     services.start("mdns", discovery.run())
@@ -81,6 +87,7 @@ async def run(config: EdgeConfig, jailer: socket.socket) -> None:
                 await supervisor.finish_turns(_FINISH_TURNS_SECONDS)
                 await server.stop(grace=1.0)
         finally:
+            await starts.close()
             records.close()
 
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 from edge_agent.commits import Commits
 from edge_agent.control import Agent, CommittedState, ControlPlane
@@ -28,6 +29,7 @@ from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec
 from edge_agent.jail.python import python_argv
 from edge_agent.records import NodeRecord, Records
 from edge_agent.reservations import Reservations
+from edge_agent.starts import Exec, FromZygote, Parked, Starts, Way
 from edge_agent.state.index import Index
 from edge_agent.state.store import StateStore
 from edge_agent.tenure import Tenure
@@ -72,6 +74,23 @@ class Lost:
 State = Asleep | Live | Lost
 
 
+def _name(way: Way) -> str:
+    match way:
+        case Parked():
+            return "parked"
+        case FromZygote():
+            return "zygote"
+        case Exec():
+            return "exec"
+        case _:
+            assert_never(way)
+
+
+def _is_agents_fault(error: RoostError | JailGone) -> bool:
+    """Another way of starting would end no better."""
+    return isinstance(error, RoostError) and error.reason is not Reason.JAIL_FAILED
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """A committed turn."""
@@ -93,6 +112,7 @@ class Parts:
     reservations: Reservations
     tenure: Tenure
     clock: Callable[[], float]
+    starts: Starts
 
 
 class Instance:
@@ -249,40 +269,71 @@ class Instance:
 
     async def _start(self, committed: CommittedState, manifest: StateManifest) -> Live:
         agent, parts = committed.agent, self._parts
-        policy = agent.policy
-        parts.reservations.claim(self.key, self.epoch, policy.need, parts.clock())
+        parts.reservations.claim(self.key, self.epoch, agent.policy.need, parts.clock())
         await parts.state.bundles.ensure(agent.version, agent.bundle_root)
-        jail = await parts.jails.make(
-            JailSpec(
-                jail_id=self.jail_id,
-                bundle=agent.version,
-                argv=python_argv(policy.run.entry),
-                limits=policy.need,
-            )
-        )
-        self._jail = jail
-        try:
-            self.freezer.attach(jail)
-            known = parts.records.get(self.jail_id)
-            lay = await asyncio.to_thread(_index_of, known)
-            index = await parts.state.restore(jail.files, manifest, lay)
-            await self._record(agent, manifest, committed.root, index)
-            self._check_owner()
-            await jail.start()
-            await wait_ready(jail, policy.run.start_timeout)
-        except BaseException:
-            self._jail = None
-            self.freezer.detach()
-            await jail.kill()
-            raise
+        known = parts.records.get(self.jail_id)
+        lay = await asyncio.to_thread(_index_of, known)
+        for way in parts.starts.ways(agent, is_new_here=known is None):
+            began = parts.clock()
+            try:
+                index = await self._start_by(way, committed, manifest, lay)
+            except (RoostError, JailGone) as error:
+                if isinstance(way, Exec) or _is_agents_fault(error):
+                    raise
+                log.warning("%s can't be started by %s: %s", self.key, _name(way), error)
+                continue
+            log.info("%s: %s, %.1f ms", self.key, _name(way), (parts.clock() - began) * 1000)
+            break
         if committed.version == 0:
             resumed_from = common_pb2.NEW
         elif known and lay and known.version == committed.version:
             resumed_from = common_pb2.DISK
         else:
             resumed_from = common_pb2.BLOBS
-        self.state = live = Live(jail, agent, manifest, index, resumed_from)
+        assert self._jail is not None
+        self.state = live = Live(self._jail, agent, manifest, index, resumed_from)
         return live
+
+    async def _start_by(
+        self, way: Way, committed: CommittedState, manifest: StateManifest, lay: Index | None
+    ) -> Index:
+        """Leaves the running agent's jail in `_jail`, or nothing behind."""
+        parts, run = self._parts, committed.agent.policy.run
+        own_id = self.jail_id
+        jail = way.jail if isinstance(way, Parked) else await self._make(committed.agent, way)
+        self._jail = jail
+        try:
+            self.jail_id = jail.jail_id
+            self.freezer.attach(jail)
+            index = await parts.state.restore(jail.files, manifest, lay)
+            await self._record(committed.agent, manifest, committed.root, index)
+            self._check_owner()
+            if not isinstance(way, Parked):
+                await jail.start()
+                await wait_ready(jail, run.start_timeout)
+        except BaseException:
+            self._jail = None
+            self.freezer.detach()
+            await jail.kill()
+            if isinstance(way, Parked):
+                self.jail_id = own_id
+                parts.records.delete(jail.jail_id)
+                with suppress(RoostError):  # then the next start of the node removes it
+                    await parts.jails.discard(jail.jail_id)
+            raise
+        return index
+
+    async def _make(self, agent: Agent, way: Way) -> Jail:
+        policy = agent.policy
+        return await self._parts.jails.make(
+            JailSpec(
+                jail_id=self.jail_id,
+                bundle=agent.version,
+                argv=python_argv(policy.run.entry),
+                limits=policy.need,
+                zygote=way.jail_id if isinstance(way, FromZygote) else "",
+            )
+        )
 
     async def adopt(self, jail: Jail, record: NodeRecord) -> None:
         """Goes on with a jail that an earlier daemon of this node started and left between turns.

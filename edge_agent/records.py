@@ -92,6 +92,12 @@ class Records:
             Held(jail_id, InstanceKey.parse(key), epoch, version) for jail_id, key, epoch, version in rows
         ]
 
+    def of_key(self, key: InstanceKey) -> NodeRecord | None:
+        """The record of an instance; there is at most one, in whatever jail it is."""
+        with _told():
+            row = self._db.execute("SELECT jail_id FROM instances WHERE key = ?", (str(key),)).fetchone()
+        return self.get(row[0]) if row else None
+
     def put(self, record: NodeRecord) -> None:
         with _told():
             self._db.execute(
@@ -129,6 +135,7 @@ def _open(path: Path) -> sqlite3.Connection:
         if faults != ("ok",):
             raise sqlite3.DatabaseError(faults)  # noqa: TRY301
         db.execute(_SCHEMA)
+        db.execute("CREATE UNIQUE INDEX IF NOT EXISTS by_key ON instances (key)")
         db.execute("SELECT jail_id, key, epoch, version, root, busy, idx FROM instances LIMIT 1")
     except sqlite3.DatabaseError:
         db.close()

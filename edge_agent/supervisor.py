@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from edge_agent.control import Agent
 from edge_agent.instance import Done, Instance, Live, Parts
@@ -29,7 +29,8 @@ _SUSPENDED = "tenure"
 
 
 def jail_id_of(key: InstanceKey) -> str:
-    """The same for each epoch, so that an instance finds its files again where it slept."""
+    """The id for a jail of an instance that has none here yet. It may come to live in a parked one instead:
+    its record says where."""
     return f"{key.agent[:24]}-{hashlib.sha256(str(key).encode()).hexdigest()[:24]}"
 
 
@@ -108,10 +109,11 @@ class Supervisor:
                 await self._remove(known, f"epoch {epoch} has begun")
                 known = None
             if known is None:
-                record = self._parts.records.get(jail_id_of(key))
+                record = self._parts.records.of_key(key)
                 if record and record.epoch > epoch:
                     raise _stale(key, epoch, record.epoch)
-                known = self._instances[key] = Instance(key, epoch, jail_id_of(key), self._parts)
+                jail_id = record.jail_id if record else jail_id_of(key)
+                known = self._instances[key] = Instance(key, epoch, jail_id, self._parts)
             if known.epoch > epoch or known.evicted:
                 raise _stale(key, epoch, known.epoch)
             return known
@@ -152,7 +154,7 @@ class Supervisor:
                     log.info("%s epoch %d ends here: %s", key, instance.epoch, why)
                     await self._remove(instance, why)
                 return
-            record = self._parts.records.get(jail_id_of(key))
+            record = self._parts.records.of_key(key)
             if record and record.epoch <= epoch:
                 self._parts.records.delete(record.jail_id)
                 self._discard(record.jail_id)
@@ -188,7 +190,8 @@ class Supervisor:
         known = {held.jail_id for held in self._parts.records.held()}
         for jail_id in await self._parts.jails.directories():
             if jail_id not in known:
-                await self._parts.jails.discard(jail_id)
+                with suppress(RoostError):  # a zygote's uid may still own the namespaces of its instances
+                    await self._parts.jails.discard(jail_id)
 
     async def _adopt(self, record: NodeRecord, jail: Jail) -> bool:
         instance = Instance(record.key, record.epoch, record.jail_id, self._parts)

@@ -111,14 +111,15 @@ class Agent:
 def main(entry: str) -> NoReturn:
     """Runs the agent that `entry`, `module:object`, names. Exits with 3 if it can't be imported."""
     try:
-        agent = _load(entry)
+        agent = load(entry)
     except (Exception, SystemExit):
         traceback.print_exc()
         sys.exit(EXIT_IMPORT)
     agent.run()
 
 
-def _load(entry: str) -> Agent:
+def load(entry: str) -> Agent:
+    """The agent that `entry` names. Raises what its import raises."""
     module_name, _, name = entry.partition(":")
     agent = getattr(importlib.import_module(module_name), name)
     if not isinstance(agent, Agent):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from shared import config
 from shared.config import Duration, Size
@@ -25,11 +26,21 @@ class AgentSection:
             raise ValueError(f"name {self.name!r}: {NAME_RULE}")
 
 
+class Start(StrEnum):
+    """How an instance's process comes to be: by the fastest way there is, or by none faster than this."""
+
+    AUTO = "auto"
+    PARKED = "parked"
+    ZYGOTE = "zygote"
+    EXEC = "exec"
+
+
 @dataclass(frozen=True, slots=True)
 class RunSection:
     """`entry` is `module:object`, the `roost.Agent` to run."""
 
     entry: str
+    start: Start = Start.AUTO
     start_timeout: Duration = Duration(10.0)
     turn_timeout: Duration = Duration(60.0)
     idle_timeout: Duration = Duration(300.0)

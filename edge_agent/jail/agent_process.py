@@ -15,7 +15,7 @@ from edge_agent.jail.protocol import AGENT_ID, Make, Refused
 from edge_agent.state.files import MAX_STATE
 
 TURN_FD = 3
-_LIMITS = (
+LIMITS = (
     # Of one byte, since only that stops a core dump that is piped into a program of the host's, which runs as
     # root; a limit of 0 stops those that go to files alone.
     (resource.RLIMIT_CORE, 1),
@@ -24,7 +24,7 @@ _LIMITS = (
     (resource.RLIMIT_RTPRIO, 0),
     (resource.RLIMIT_NICE, 0),
 )
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/state",
     "TMPDIR": "/tmp",
@@ -40,6 +40,10 @@ class Descriptors:
     turn: int
     cgroups: tuple[int, ...]
     output: int
+
+
+def environment(request: Make) -> dict[str, str]:
+    return {**dict(variable.split("=", 1) for variable in request.env), **ENVIRONMENT}
 
 
 def start_agent(request: Make, fds: Descriptors) -> int:
@@ -61,8 +65,7 @@ def _child(request: Make, fds: Descriptors, tell: int) -> NoReturn:
     try:
         tell = _arrange(fds, tell)
         _become_agent()
-        environment = dict(variable.split("=", 1) for variable in request.env)
-        os.execve(request.argv[0], request.argv, {**environment, **_ENVIRONMENT})
+        os.execve(request.argv[0], request.argv, environment(request))
     except BaseException as error:
         os.write(tell, f"{request.argv[0]} can't be run: {error}".encode())
     os._exit(127)
@@ -86,14 +89,14 @@ def _become_agent() -> None:
     carry_out(LAST_STEPS)
 
 
-def _default_signals() -> None:
+def default_signals() -> None:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and exec would keep so
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _limit() -> None:
-    for kind, most in _LIMITS:
+def set_limits() -> None:
+    for kind, most in LIMITS:
         resource.setrlimit(kind, (most, most))
 
 
@@ -107,8 +110,8 @@ def _change_ids() -> None:
 # capabilities go with the ids, no_new_privs allows the filter, and the filter forbids what came before it.
 LAST_STEPS: tuple[Operation, ...] = (
     Do("begin a session of its own", os.setsid),
-    Do("reset signals", _default_signals),
-    Do("limit files to 4 GiB, open ones to 1024; no core dump, no real-time priority", _limit),
+    Do("reset signals", default_signals),
+    Do("limit files to 4 GiB, open ones to 1024; no core dump, no real-time priority", set_limits),
     Do("go to /agent", lambda: os.chdir("/agent")),
     Do(f"become uid and gid {AGENT_ID}", _change_ids),
     Do("drop all capabilities", kernel.drop_capabilities),

@@ -23,6 +23,7 @@ class JailSpec:
     argv: tuple[str, ...]  # what init runs inside, as the agent's uid
     env: dict[str, str] = field(default_factory=dict)
     limits: Resources = field(default_factory=Resources)
+    zygote: str = ""  # id of the one that `start` forks the agent from; empty: it executes argv
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,11 @@ class Jail(Protocol):
         """Its /state."""
         ...
 
+    @property
+    def ended(self) -> bool:
+        """Is its process known to have ended?"""
+        ...
+
     async def start(self) -> None:
         """Runs the agent; returns when its process exists (the agent says by itself when it is ready)."""
         ...
@@ -85,8 +91,28 @@ class Jail(Protocol):
         ...
 
 
+class Zygote(Protocol):
+    """A process that has imported an agent, and is forked when a jail made for it starts. Jails that it
+    started live on without it."""
+
+    @property
+    def jail_id(self) -> str: ...
+
+    @property
+    def ended(self) -> bool: ...
+
+    async def kill(self) -> None:
+        """Idempotent."""
+        ...
+
+
 class Jails(Protocol):
     """The node's jails."""
+
+    async def zygote(self, spec: JailSpec) -> Zygote:
+        """Returns when its imports are done. RoostError JAIL_FAILED says why there can be none: this agent
+        is started by executing it. It ends with the daemon."""
+        ...
 
     async def make(self, spec: JailSpec) -> Jail:
         """A jail with its walls up and its directory in place; nothing of the agent runs yet."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from edge_agent.jail.protocol import Ended
+from edge_agent.jail.protocol import Ended, Make, Way
 from edge_agent.jail.spawn import Spawned
-from edge_agent.jail.wire import Closed, Wire, pair
+from edge_agent.jail.wire import Closed, Wire, close_all, pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,21 @@ class Cell:
     until nothing is left."""
 
     jail_id: str
+    request: Make
     slot: int
     init: Spawned
     phase: Phase
+    owner: str = ""  # the zygote that it is to be forked from; empty: none
     code: int = -signal.SIGKILL
     stderr_tail: str = ""
     killers: list[int] = field(default_factory=list)
     was_killed: bool = False
     reaped: bool = False
+    pid: int = 0  # of init, which is the builder's until it is born, or of the zygote
+    for_fork: tuple[int, ...] = ()  # given to the zygote once
+
+    def __post_init__(self) -> None:
+        self.pid, self.for_fork = self.init.pid, self.init.for_fork
 
     @property
     def supervisor(self) -> Wire:
@@ -65,8 +73,13 @@ class Cell:
             raise
         return ours.detach(), os.dup(self.init.turn.fileno())
 
+    @property
+    def is_zygote(self) -> bool:
+        return self.request.way is Way.ZYGOTE
+
     def kill(self) -> None:
-        os.kill(self.init.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # a builder that has ended, and its init was not heard of
+            os.kill(self.pid, signal.SIGKILL)
 
     def ended(self, oom_kills: int) -> Ended:
         killed = self.code == -signal.SIGKILL
@@ -76,3 +89,4 @@ class Cell:
         self.supervisor.close()
         self.init.turn.close()
         self.init.progress.close()
+        close_all(self.for_fork)

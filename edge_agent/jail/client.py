@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
 
 from edge_agent.jail import protocol
-from edge_agent.jail.api import Exit, Jail, JailGone, JailSpec, Usage
+from edge_agent.jail.api import Exit, Jail, JailGone, JailSpec, Usage, Zygote
 from edge_agent.jail.calls import Answer, CallFailed, Calls, CallsEnded
+from edge_agent.jail.protocol import Way
 from edge_agent.jail.remote_files import RemoteFiles
 from edge_agent.jail.turns import TurnsEnded, TurnSocket
 from edge_agent.jail.wire import Body
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _SECONDS = 10.0  # of most requests; the jailer itself gives a freeze 5
 _MAKE_SECONDS = 15.0  # the jailer gives it 10
+_IMPORT_SECONDS = 65.0  # of a zygote; the jailer gives it 60
 _DISCARD_SECONDS = 120.0  # a large tree on a slow disk
 _EXIT_SECONDS = 5.0  # from the end of an agent's socket to the news of its end
 _PAGE = 1000
@@ -29,9 +31,10 @@ _PAGE = 1000
 T = TypeVar("T")
 
 
-def make_request(spec: JailSpec) -> protocol.Make:
+def make_request(spec: JailSpec, way: Way | None = None) -> protocol.Make:
     """RoostError JAIL_FAILED for a name or a limit that no jail may have."""
     limits = spec.limits
+    way = way or (Way.FORK if spec.zygote else Way.EXEC)
     try:
         return protocol.Make(
             spec.jail_id,
@@ -39,6 +42,8 @@ def make_request(spec: JailSpec) -> protocol.Make:
             spec.argv,
             tuple(f"{name}={value}" for name, value in spec.env.items()),
             protocol.Limits(limits.memory_bytes, limits.cpu_millis, limits.pids),
+            way,
+            spec.zygote,
         )
     except ValueError as error:
         raise RoostError(Reason.JAIL_FAILED, f"jail {spec.jail_id}: {error}") from error
@@ -47,9 +52,10 @@ def make_request(spec: JailSpec) -> protocol.Make:
 class JailedAgent:
     """See `Jail`. Made by `JailerClient` alone."""
 
-    def __init__(self, jails: JailerClient, jail_id: str, control: int, turns: int) -> None:
+    def __init__(self, jails: JailerClient, jail_id: str, forked: bool, control: int, turns: int) -> None:
         self._jails = jails
         self._jail_id = jail_id
+        self._forked = forked
         self._control = Calls(socket.socket(fileno=control))
         self._turns = TurnSocket(socket.socket(fileno=turns))
         self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
@@ -68,11 +74,18 @@ class JailedAgent:
         return self._files
 
     @property
+    def ended(self) -> bool:
+        return self._exit.done()
+
+    @property
     def torn(self) -> bool:
         """Did an earlier daemon end in the midst of a message? Then nothing can be said to the agent."""
         return self._turns.torn
 
     async def start(self) -> None:
+        if self._forked:
+            await self._ask_jailer(protocol.Fork(self._jail_id))
+            return
         try:
             await self._ask_init({"do": "start"}, _SECONDS)
         except CallFailed as failed:
@@ -99,12 +112,12 @@ class JailedAgent:
     async def kill(self) -> Exit:
         with suppress(JailGone):
             answer = await self._ask_jailer(protocol.Kill(self._jail_id))
-            self.ended(Exit(**answer.values))
+            self.set_ended(Exit(**answer.values))
         # What came last is not waited for: whoever kills wants no more of it.
         self._turns.close()
         return self._exit.result()
 
-    def ended(self, exit: Exit) -> None:
+    def set_ended(self, exit: Exit) -> None:
         """The jailer says so. What the agent has sent before can still be received."""
         if not self._exit.done():
             self._exit.set_result(exit)
@@ -150,11 +163,27 @@ class JailedAgent:
         raise JailGone(exit) from None
 
 
+class JailedZygote:
+    """See `Zygote`."""
+
+    def __init__(self, jails: JailerClient, jail_id: str) -> None:
+        self._jails = jails
+        self.jail_id = jail_id
+        self.ended = False
+
+    async def kill(self) -> None:
+        if not self.ended:
+            self.ended = True
+            with suppress(RoostError):  # it has just ended by itself
+                await self._jails.ask(protocol.Kill(self.jail_id), _SECONDS)
+
+
 class JailerClient:
     """See `Jails`. Owns the jailer's socket; `closed` returns when the jailer is gone."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._running: dict[str, JailedAgent] = {}
+        self._zygotes: dict[str, JailedZygote] = {}
         self._awaited: dict[str, Exit | None] = {}  # asked for, and perhaps ended before the answer is read
         self._closed = asyncio.Event()
         self._calls = Calls(sock, self._on_event, self._closed.set)
@@ -174,6 +203,18 @@ class JailerClient:
 
     async def make(self, spec: JailSpec) -> JailedAgent:
         return await self._obtain(make_request(spec), _MAKE_SECONDS)
+
+    async def zygote(self, spec: JailSpec) -> Zygote:
+        zygote = self._zygotes[spec.jail_id] = JailedZygote(self, spec.jail_id)
+        try:
+            with _as_roost_errors("zygote", _IMPORT_SECONDS):
+                await self._calls.ask(protocol.encode(make_request(spec, Way.ZYGOTE)), _IMPORT_SECONDS)
+        except BaseException:
+            del self._zygotes[spec.jail_id]
+            with suppress(CallsEnded):
+                self._calls.post(protocol.encode(protocol.Kill(spec.jail_id)))
+            raise
+        return zygote
 
     async def adopt(self) -> list[Jail]:
         answer = await self.ask(protocol.List(), _SECONDS)
@@ -228,9 +269,10 @@ class JailerClient:
                     raise
         finally:
             exit = self._awaited.pop(jail_id)
-        jail = self._running[jail_id] = JailedAgent(self, jail_id, *answer.fds)
+        forked = isinstance(request, protocol.Make) and request.way is Way.FORK
+        jail = self._running[jail_id] = JailedAgent(self, jail_id, forked, *answer.fds)
         if exit is not None:
-            jail.ended(exit)
+            jail.set_ended(exit)
         return jail
 
     def _on_event(self, body: Body) -> None:
@@ -239,7 +281,9 @@ class JailerClient:
         jail_id = body["jail_id"]
         exit = Exit(body["code"], body["out_of_memory"], body["stderr_tail"])
         if jail_id in self._running:
-            self._running[jail_id].ended(exit)
+            self._running[jail_id].set_ended(exit)
+        elif zygote := self._zygotes.pop(jail_id, None):
+            zygote.ended = True
         elif jail_id in self._awaited:
             self._awaited[jail_id] = exit
 

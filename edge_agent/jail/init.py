@@ -5,7 +5,7 @@ agent, reaps orphans, and ends when the agent's process ends or the jailer does;
 is left in the namespace. Two sockets: `supervisor` to the jailer, for life; `control` to the daemon, which is
 replaced when a new daemon adopts the jail.
 
-    jailer -> init  {"do": "control"} with a socket
+    jailer -> init  {"do": "control"} with a socket; {"do": "agent ended", "code"} of one that a zygote forked
     init -> jailer  {"step": ...} while it is made (see `spawn`), then {"ended": code, "stderr_tail": ...}
 """
 
@@ -30,13 +30,14 @@ _LAST_WORDS_SECONDS = 2.0
 
 
 class Init:
-    """`turn` and `cgroups` are descriptors for the agent, which are closed here once it runs."""
+    """`turn` and `cgroups` are descriptors for the agent, which are closed here once it runs. Without `turn`
+    a zygote will fork the agent, and the jailer say when it ends."""
 
     def __init__(
         self,
         request: Make,
         supervisor: Wire,
-        turn: int,
+        turn: int | None,
         cgroups: tuple[int, ...],
         owner: tuple[int, int],
     ) -> None:
@@ -77,6 +78,8 @@ class Init:
         except (Closed, Garbage):
             os._exit(1)  # the jailer is gone, and with it everybody who could end this jail
         for frame in frames:
+            if frame.body.get("do") == "agent ended":
+                self._end(int(frame.body["code"]))
             if frame.body.get("do") == "control" and len(frame.fds) == 1:
                 self._drop_control()
                 self._control = Wire(socket.socket(fileno=frame.fds[0]))
@@ -117,6 +120,8 @@ class Init:
     def _start(self) -> None:
         if self._agent is not None:
             raise Refused("the agent of this jail was started already")
+        if self._turn is None:
+            raise Refused("the agent of this jail is forked by a zygote")
         readable, writable = os.pipe2(os.O_CLOEXEC)
         try:
             self._agent = start_agent(self._request, Descriptors(self._turn, self._cgroups, writable))
@@ -128,8 +133,12 @@ class Init:
         # The last copy outside of the agent: from now on its end is the socket's end.
         for fd in (self._turn, *self._cgroups):
             os.close(fd)
-        self._output = Output(readable, self._request.jail_id, to_stderr)
-        self._selector.register(readable, selectors.EVENT_READ, self._read_output)
+        self.read_output(readable)
+
+    def read_output(self, fd: int) -> None:
+        """`fd`: the end of a pipe, of which the agent has the other."""
+        self._output = Output(fd, self._request.jail_id, to_stderr)
+        self._selector.register(fd, selectors.EVENT_READ, self._read_output)
 
     def _read_output(self) -> None:
         if self._output is not None and not self._output.read():

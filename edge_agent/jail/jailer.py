@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, assert_never
 
-from edge_agent.jail import protocol, roots
+from edge_agent.jail import kernel, protocol, roots
 from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.daemon_process import DaemonProcess, DaemonStarter
@@ -53,6 +53,7 @@ class Jailer:
 
     def run(self, trash: list[Path]) -> None:
         """Until SIGTERM or SIGINT, and all is cleaned up. `trash`: what a predecessor began to remove."""
+        kernel.adopt_orphans()  # agents that a zygote forked
         self._loop.on_signal(signal.SIGTERM, self._stop)
         self._loop.on_signal(signal.SIGINT, self._stop)
         self._loop.on_signal(signal.SIGHUP, self._reload)
@@ -79,6 +80,7 @@ class Jailer:
         self._loop.unwatch(daemon.wire)
         daemon.wire.close()
         self._daemon = None
+        self._keeper.end_zygotes()
         if self._stopping:
             self._keeper.kill_all(self._loop.stop)
             return
@@ -170,14 +172,19 @@ class Jailer:
             case protocol.Discard(jail_id):
                 self._discard(request_id, jail_id)
             case (
-                protocol.Attach() | protocol.Freeze() | protocol.Thaw() | protocol.Measure() | protocol.Kill()
+                protocol.Attach()
+                | protocol.Fork()
+                | protocol.Freeze()
+                | protocol.Thaw()
+                | protocol.Measure()
+                | protocol.Kill()
             ):
                 self._keeper.of_jail(request_id, request)
             case _:
                 assert_never(request)
 
     def _discard(self, request_id: int, jail_id: str) -> None:
-        if self._keeper.is_there(jail_id):
+        if self._keeper.needs_directory(jail_id):
             raise Refused(f"jail {jail_id} runs, so its directory stays", "kill it first")
         trash = self._directories.trash(jail_id)
         if trash is None:

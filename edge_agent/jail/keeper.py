@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, assert_never
 
-from edge_agent.jail import protocol, roots, spawn
+from edge_agent.jail import protocol, roots, seccomp, spawn, spawn_zygote
+from edge_agent.jail.agent_process import LIMITS, environment
 from edge_agent.jail.cell import Cell, Dying, Making, Running
 from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.directories import Directories
 from edge_agent.jail.loop import Loop
-from edge_agent.jail.protocol import Refused
-from edge_agent.jail.wire import Closed, Garbage
+from edge_agent.jail.protocol import Refused, Way
+from edge_agent.jail.wire import Closed, Garbage, Wire, close_all, pair
 
 log = logging.getLogger(__name__)
 
 MAKE_SECONDS = 10.0
+IMPORT_SECONDS = 60.0  # of a zygote
 _FREEZE_SECONDS, _FREEZE_POLL = 5.0, 0.002
 _REMOVE_POLL, _REMOVE_COMPLAIN = 0.005, 1000
 
@@ -57,10 +61,17 @@ class Keeper:
 
     def jail_ids(self) -> list[str]:
         """Of those that a daemon may adopt."""
-        return sorted(i for i, c in self._cells.items() if isinstance(c.phase, Running))
+        return sorted(i for i, c in self._cells.items() if isinstance(c.phase, Running) and not c.is_zygote)
 
-    def is_there(self, jail_id: str) -> bool:
-        return jail_id in self._cells
+    def needs_directory(self, jail_id: str) -> bool:
+        """Does it run, or is its uid the owner of a jail's user namespace?"""
+        return jail_id in self._cells or any(c.owner == jail_id for c in self._cells.values())
+
+    def end_zygotes(self) -> None:
+        """The next daemon has its own."""
+        for cell in list(self._cells.values()):
+            if cell.is_zygote:
+                self._kill(cell, None)
 
     # --- requests ------------------------------------------------------------------------------------
 
@@ -70,18 +81,51 @@ class Keeper:
         if jail_id in self._cells:
             raise Refused(f"jail {jail_id} runs already", "kill it first, or adopt it")
         slot = self._directories.ensure(jail_id)
-        plan = roots.jail_plan(request, self._system, self._config)
         try:
             self._cgroups.create(jail_id, request.limits)
-            init = spawn.spawn(request, plan, self._cgroups)
-        except OSError:
+            init = self._spawn(request, slot)
+        except (OSError, Refused):
             self._cgroups.remove(jail_id)
             raise
-        cell = Cell(jail_id, slot, init, Making(request_id))
+        cell = Cell(jail_id, request, slot, init, Making(request_id), request.zygote)
         self._cells[jail_id] = cell
         self._loop.watch(cell.supervisor, lambda: self._hear(cell))
-        self._loop.on_child(init.pid, lambda code: self._reaped(cell))
-        self._loop.after(MAKE_SECONDS, lambda: self._give_up_making(cell))
+        if request.way is Way.FORK:
+            self._loop.on_child(init.pid, lambda code: self._built(cell))
+        else:
+            self._loop.on_child(init.pid, lambda code: self._reaped(cell))
+        seconds = IMPORT_SECONDS if cell.is_zygote else MAKE_SECONDS
+        self._loop.after(seconds, lambda: self._give_up_making(cell, seconds))
+
+    def _spawn(self, request: protocol.Make, slot: int) -> spawn.Spawned:
+        match request.way:
+            case Way.EXEC:
+                plan = roots.jail_plan(request, self._system, self._config)
+                return spawn.spawn(request, plan, self._cgroups)
+            case Way.ZYGOTE:
+                plan = roots.zygote_plan(request, self._system, self._config)
+                uid = self._config.agent_uid(slot)
+                return spawn_zygote.spawn_zygote(request, plan, self._cgroups, uid)
+            case Way.FORK:
+                zygote = self._zygote_of(request)
+                walls = spawn_zygote.Walls(
+                    roots.jail_mounts(request, self._system, self._config),
+                    roots.jail_names(request),
+                    owner=self._config.agent_uid(zygote.slot),
+                    init_uid=self._config.init_uid(slot),
+                )
+                return spawn_zygote.spawn_for_fork(request, walls, self._cgroups)
+            case _:
+                assert_never(request.way)
+
+    def _zygote_of(self, request: protocol.Make) -> Cell:
+        """Refused if it does not run. One of another version would get power over this jail."""
+        zygote = self._cells.get(request.zygote)
+        if zygote is None or not zygote.is_zygote or not isinstance(zygote.phase, Running):
+            raise Refused(f"there is no zygote {request.zygote}")
+        if zygote.request.bundle != request.bundle:
+            raise Refused(f"zygote {request.zygote} is not of version {request.bundle}")
+        return zygote
 
     def of_jail(self, request_id: int, request: protocol.OfJail) -> None:
         """Refused if there is no such jail, or it is no more than ending."""
@@ -91,7 +135,11 @@ class Keeper:
             return
         if cell is None or not isinstance(cell.phase, Running):
             raise Refused(f"jail {request.jail_id} does not run")
+        if cell.is_zygote:
+            raise Refused(f"{request.jail_id} is a zygote: it can only be killed")
         match request:
+            case protocol.Fork():
+                self._fork(cell, request_id)
             case protocol.Attach():
                 self._attach(cell, request_id)
             case protocol.Freeze():
@@ -128,6 +176,15 @@ class Keeper:
 
     def _heard(self, cell: Cell, body: dict[str, Any]) -> None:
         match body:
+            case {"step": spawn.READY} if isinstance(cell.phase, Making) and cell.is_zygote:
+                request, cell.phase = cell.phase.request, Running()
+                self._ok(request)
+            case {"step": spawn.FAILED, "message": str(message), "hint": str(hint)}:
+                self._fail_making(cell, Refused(message[:1000], hint[:1000]))
+            case _ if cell.is_zygote:
+                log.error("zygote %s said %.200r, which means nothing", cell.jail_id, body)
+            case {"step": spawn.BORN, "pid": int(pid)}:
+                self._born(cell, pid)
             case {"step": spawn.IN_USER_NAMESPACE}:
                 try:
                     spawn.write_id_maps(cell.init.pid, self._config.init_uid(cell.slot))
@@ -137,8 +194,6 @@ class Keeper:
             case {"step": spawn.READY} if isinstance(cell.phase, Making):
                 self._attach(cell, cell.phase.request)
                 cell.phase = Running()
-            case {"step": spawn.FAILED, "message": str(message), "hint": str(hint)}:
-                self._fail_making(cell, Refused(message, hint))
             case {"ended": int(code), "stderr_tail": str(tail)}:
                 cell.code, cell.stderr_tail = code, tail
             case _:
@@ -149,13 +204,13 @@ class Keeper:
         self._loop.refresh(cell.supervisor)
         self._answer(request_id, {"ok": {}}, fds)
 
-    def _give_up_making(self, cell: Cell) -> None:
+    def _give_up_making(self, cell: Cell, seconds: float) -> None:
         if isinstance(cell.phase, Making):
             step = cell.init.steps[cell.init.progress[0]].describe()
             self._fail_making(
                 cell,
                 Refused(
-                    f"making the jail took more than {MAKE_SECONDS:g} s; it had come to: {step}",
+                    f"making the jail took more than {seconds:g} s; it had come to: {step}",
                     "is the machine overloaded?",
                 ),
             )
@@ -164,6 +219,76 @@ class Keeper:
         if isinstance(cell.phase, Making):
             cell.phase = Dying(cell.phase.request, refused.body())
             self._end(cell)
+
+    # --- zygotes and what they fork ---------------------------------------------------------------------
+
+    def _born(self, cell: Cell, pid: int) -> None:
+        """Init is there, as our own child; the builder that says so ends."""
+        cell.pid = pid
+        self._loop.on_child(pid, lambda code: self._reaped(cell))
+        if isinstance(cell.phase, Dying):
+            cell.kill()
+        if not _exists(pid):  # it was reaped before we knew it
+            self._loop.forget_child(pid)
+            self._reaped(cell)
+
+    def _built(self, cell: Cell) -> None:
+        """The builder has ended. What it said may still be unread."""
+        self._hear(cell)
+        if cell.pid == cell.init.pid:  # there never was an init
+            self._reaped(cell)
+
+    def _fork(self, cell: Cell, request_id: int) -> None:
+        if not cell.for_fork:
+            raise Refused(f"jail {cell.jail_id} can't be forked into (again)")
+        zygote = self._zygote_of(cell.request)
+        ours, theirs = pair()
+        opened = spawn_zygote.open_namespaces(cell.pid)
+        try:
+            groups = self._cgroups.open_from_outside(cell.jail_id)
+        except OSError:
+            close_all(opened)
+            raise
+        given, cell.for_fork = cell.for_fork, ()
+        body = {
+            "do": "fork",
+            "env": environment(cell.request),
+            "uid": protocol.AGENT_ID,
+            "limits": LIMITS,
+            "filter": seccomp.agent_filter().hex(),
+        }
+        report = Wire(ours)
+        self._loop.watch(report, lambda: self._hear_fork(cell, report, request_id))
+        zygote.supervisor.send(body, (theirs.detach(), *given, *opened, *groups))
+        self._loop.refresh(zygote.supervisor)
+
+    def _hear_fork(self, cell: Cell, report: Wire, request_id: int) -> None:
+        """What the zygote's child says. It lives until we close; so long the agent's end waits for us."""
+        try:
+            frames = report.receive()
+            if not frames:
+                return
+            body = frames[0].body
+        except (Closed, Garbage):
+            body = {"problem": "the zygote ended as it forked"}
+        self._loop.unwatch(report)
+        match body:
+            case {"pid": int(pid)} if spawn_zygote.is_in_jail(pid, cell.pid) and not self._loop.knows(pid):
+                self._loop.on_child(pid, lambda code: self._agent_ended(cell, code))
+                self._ok(request_id)
+            case {"problem": str(problem)}:
+                self._refuse(request_id, Refused(problem[:1000]))
+            case _:
+                self._refuse(request_id, Refused(f"jail {cell.jail_id} has ended, or got no agent"))
+        report.close()
+
+    def _agent_ended(self, cell: Cell, code: int) -> None:
+        if cell.reaped:
+            return
+        cell.code = code
+        with suppress(Closed):
+            cell.supervisor.send({"do": "agent ended", "code": code})
+            self._loop.refresh(cell.supervisor)
 
     def _kill(self, cell: Cell, request_id: int | None) -> None:
         if request_id is not None:
@@ -252,3 +377,11 @@ class Keeper:
 
     def _refuse(self, request_id: int, refused: Refused) -> None:
         self._answer(request_id, {"error": refused.body()}, ())
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -19,6 +19,7 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+CLONE_PARENT = 0x00008000
 _CLONE_INTO_CGROUP = 0x200000000
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_RDONLY = 0x2, 0x4, 0x8, 0x20, 0x1
@@ -35,6 +36,7 @@ _AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
+_PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 15, 24, 38, 47
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -93,7 +95,8 @@ def clone(flags: int, into_cgroup: int | None = None) -> int:
 
     `into_cgroup` is the descriptor of a cgroup v2 directory in which the child starts.
     """
-    args = _CloneArgs(flags=flags, exit_signal=signal.SIGCHLD)
+    # With CLONE_PARENT it is the caller's own signal.
+    args = _CloneArgs(flags=flags, exit_signal=0 if flags & CLONE_PARENT else signal.SIGCHLD)
     if into_cgroup is not None:
         args.flags |= _CLONE_INTO_CGROUP
         args.cgroup = into_cgroup
@@ -111,6 +114,10 @@ def unshare(flags: int) -> None:
     _checked(_libc.unshare(ctypes.c_int(flags)))
 
 
+def enter_namespace(fd: int, kind: int) -> None:
+    _checked(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)))
+
+
 def _prctl(option: int, *args: int) -> None:
     whole = [ctypes.c_ulong(a) for a in (*args, 0, 0, 0, 0)[:4]]
     _checked(_libc.prctl(ctypes.c_int(option), *whole))
@@ -120,6 +127,11 @@ def die_with_parent() -> None:
     """SIGKILL when the parent ends. The kernel forgets it when credentials change: set it after that, and
     then check that the parent still lives."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parent ends become children of this process."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def no_new_privs() -> None:

@@ -73,6 +73,12 @@ class Loop:
         """Calls back with the exit code (or -signal) of child `pid`, which must not be waited for."""
         self._children[pid] = callback
 
+    def forget_child(self, pid: int) -> None:
+        self._children.pop(pid, None)
+
+    def knows(self, pid: int) -> bool:
+        return pid in self._children
+
     def stop(self) -> None:
         self._stopped = True
 

@@ -284,6 +284,38 @@ class PivotRoot:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyRoot:
+    """Shows the whole root, as it is mounted now, at `target` once more."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"bind the root at {self.target}"
+
+    def execute(self) -> None:
+        tree = kernel.clone_tree("/")
+        try:
+            kernel.attach_tree(tree, self.target)
+        finally:
+            os.close(tree)
+
+
+@dataclass(frozen=True, slots=True)
+class Chroot:
+    """Makes `target`, a mount beneath the root, this process's root. The kernel then refuses it and its
+    children a user namespace."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"chroot to {self.target}"
+
+    def execute(self) -> None:
+        os.chroot(self.target)
+        os.chdir("/")
+
+
+@dataclass(frozen=True, slots=True)
 class SealRoot:
     """Makes the root filesystem itself read-only; what is mounted on it stays as it is."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, ClassVar
 
 from shared import config
@@ -58,10 +59,19 @@ class Limits:
                 raise ValueError(f"{name} must be between {least} and {most}, not {value}")
 
 
+class Way(StrEnum):
+    """How the agent's process comes to be."""
+
+    EXEC = "exec"  # init executes a program
+    FORK = "fork"  # a zygote forks
+    ZYGOTE = "zygote"  # it is a zygote itself
+
+
 @dataclass(frozen=True, slots=True)
 class Make:
     """A new jail. Answered when its walls are up, with two descriptors: init's control socket and the
-    agent's turn socket."""
+    agent's turn socket. A zygote is answered when it has imported its agent, without descriptors; a jail that
+    is to be forked into names its `zygote`, of the same bundle."""
 
     do: ClassVar[str] = "make"
     jail_id: str
@@ -69,10 +79,14 @@ class Make:
     argv: tuple[str, ...]
     env: tuple[str, ...]  # NAME=value
     limits: Limits
+    way: Way = Way.EXEC
+    zygote: str = ""
 
     def __post_init__(self) -> None:
         _check_name("jail_id", self.jail_id)
         _check_name("bundle", self.bundle)
+        if self.way is Way.FORK:
+            _check_name("zygote", self.zygote)
         if not 1 <= len(self.argv) <= _MAX_ARGS or len(self.env) > _MAX_ARGS:
             raise ValueError(f"argv must have 1 to {_MAX_ARGS} parts, and env at most {_MAX_ARGS}")
         if sum(len(s) for s in (*self.argv, *self.env)) > _MAX_ARGS_BYTES:
@@ -96,6 +110,14 @@ class Attach:
     """The two descriptors of a jail that runs, as after `Make`. An earlier daemon's control socket ends."""
 
     do: ClassVar[str] = "attach"
+    jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Starts the agent of a jail that was made to be forked into, once. Answered when its process runs."""
+
+    do: ClassVar[str] = "fork"
     jail_id: str
 
 
@@ -145,10 +167,10 @@ class Discard:
     jail_id: str
 
 
-OfJail = Attach | Freeze | Thaw | Measure | Kill
+OfJail = Attach | Fork | Freeze | Thaw | Measure | Kill
 Request = Make | List | OfJail | Directories | Discard
 _KINDS: dict[str, type[Any]] = {
-    kind.do: kind for kind in (Make, List, Attach, Freeze, Thaw, Measure, Kill, Directories, Discard)
+    kind.do: kind for kind in (Make, List, Attach, Fork, Freeze, Thaw, Measure, Kill, Directories, Discard)
 }
 
 

@@ -71,8 +71,42 @@ class System:
 
 
 def jail_plan(request: Make, system: System, config: JailerConfig) -> tuple[Operation, ...]:
-    """The root of one jail. Carried out by its init before it leaves the initial user namespace, to which
-    all these namespaces therefore belong: root inside has no power over any of them."""
+    """The root of one jail, and what else its namespaces hold. Carried out by its init before it leaves the
+    initial user namespace, to which all these namespaces therefore belong: root inside has no power over any
+    of them."""
+    return (*jail_mounts(request, system, config), *jail_names(request))
+
+
+def jail_mounts(request: Make, system: System, config: JailerConfig) -> tuple[Operation, ...]:
+    new = str(config.new_root)
+    state = plan.BindBeneath(
+        str(config.jails_dir), f"{request.jail_id}/state", new + "/state", read_only=False
+    )
+    return (*_jail_tree(request, system, config), state, plan.PivotRoot(new), plan.SealRoot())
+
+
+def jail_names(request: Make) -> tuple[Operation, ...]:
+    """What is neither a file nor a mount: of the network and uts namespaces."""
+    return (plan.LoopbackUp(), plan.HostName(request.jail_id[:63]))
+
+
+def zygote_plan(request: Make, system: System, config: JailerConfig) -> tuple[Operation, ...]:
+    """As a jail's root, without a state. Ends chrooted: see `plan.Chroot`."""
+    new = str(config.new_root)
+    inner = "/run/inner"
+    return (
+        *_jail_tree(request, system, config),
+        plan.Bind(system.sources + "/roost/zygote.py", new + "/roost/roost/zygote.py"),
+        plan.Directory(new + inner),
+        plan.PivotRoot(new),
+        plan.CopyRoot(inner),
+        plan.SealRoot(),
+        plan.HostName(request.jail_id[:63]),
+        plan.Chroot(inner),
+    )
+
+
+def _jail_tree(request: Make, system: System, config: JailerConfig) -> tuple[Operation, ...]:
     new = str(config.new_root)
     half = max(1 << 20, request.limits.memory_bytes // 2)  # counts against the jail's memory anyway
     return (
@@ -85,14 +119,9 @@ def jail_plan(request: Make, system: System, config: JailerConfig) -> tuple[Oper
         *_etc(new, system),
         *_dev(new),
         *_proc(new),
-        plan.BindBeneath(str(config.jails_dir), f"{request.jail_id}/state", new + "/state", read_only=False),
         plan.BindBeneath(str(config.bundles_dir), request.bundle, new + "/agent"),
         plan.Bind(system.sources + "/roost/__init__.py", new + "/roost/roost/__init__.py"),
         plan.Bind(system.sources + "/roost/agent.py", new + "/roost/roost/agent.py"),
-        plan.PivotRoot(new),
-        plan.SealRoot(),
-        plan.LoopbackUp(),
-        plan.HostName(request.jail_id[:63]),
     )
 
 

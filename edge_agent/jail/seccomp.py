@@ -42,6 +42,8 @@ _EQUAL, _AT_LEAST, _ANY_BIT = 0x15, 0x35, 0x45
 _FAR = 255  # instructions that a conditional jump reaches over
 
 _ALLOW, _KILL_PROCESS, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
+_SETNS = {"x86_64": 308, "aarch64": 268}
+_PR_CAPBSET_DROP = 24
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 # Fixed numbers of the kernel's interface, which Python does not name on every build.
@@ -124,8 +126,9 @@ def _core_limit(resource: int, new: int | None) -> Program:
     return [*_argument(resource), *_if(_EQUAL, _RLIMIT_CORE, keep, _ALLOWED)]
 
 
-def _conditions() -> dict[str, Program]:
+def _conditions(of_zygote: bool) -> dict[str, Program]:
     """For calls that depend on their arguments."""
+    prctl = (*_PRCTL, _PR_CAPBSET_DROP) if of_zygote else _PRCTL
     return {
         # Its flags can't be looked at, being behind a pointer; C libraries then take clone, whose can.
         "clone3": _UNKNOWN,
@@ -136,7 +139,7 @@ def _conditions() -> dict[str, Program]:
             *_argument(1),
             *_if_one_of((_TIOCSTI, _TIOCLINUX, _TIOCSETD, _TIOCCONS), _DENIED, _ALLOWED),
         ],
-        "prctl": [*_argument(0), *_if_one_of(_PRCTL, _ALLOWED, _fails(errno.EINVAL))],
+        "prctl": [*_argument(0), *_if_one_of(prctl, _ALLOWED, _fails(errno.EINVAL))],
         "personality": [*_argument(0), *_if_one_of(_PERSONALITIES, _ALLOWED, _DENIED)],
         "mknod": [*_argument(1), *_if(_ANY_BIT, _DEVICE_BIT, _DENIED, _ALLOWED)],
         "mknodat": [*_argument(2), *_if(_ANY_BIT, _DEVICE_BIT, _DENIED, _ALLOWED)],
@@ -146,15 +149,18 @@ def _conditions() -> dict[str, Program]:
     }
 
 
-def build(machine: str) -> Program:
-    """The filter for `machine` (as `uname -m` has it). Refused if there is none for it."""
+def build(machine: str, of_zygote: bool = False) -> Program:
+    """The filter for `machine` (as `uname -m` has it). Refused if there is none for it. A zygote's lets its
+    children enter the jails that were made for them; each of them then adds the agent's, which does not."""
     if machine not in _AUDIT_ARCH:
         raise Refused(
             f"agents can't be jailed on {machine}: there is no system call filter for it",
             "use x86_64 or aarch64, with a 64-bit Python",
         )
     known = syscalls.numbers(machine)
-    conditions = _conditions()
+    if of_zygote:
+        known = {**known, "setns": _SETNS[machine]}
+    conditions = _conditions(of_zygote)
     newest = max(known.values())
     verdicts = [_DENIED] * (newest + 1)
     for name, number in known.items():
@@ -183,3 +189,8 @@ def encode(program: Program) -> bytes:
 def agent_filter() -> bytes:
     """For this machine. Built once, by the jailer before it makes jails. Refused if there is none."""
     return encode(build(os.uname().machine))
+
+
+@functools.cache
+def zygote_filter() -> bytes:
+    return encode(build(os.uname().machine, of_zygote=True))

@@ -43,18 +43,20 @@ _INIT_CAPABILITIES = (
 )
 _PATIENCE = 30.0  # seconds that init waits for the jailer; longer than the jailer gives it
 
-IN_USER_NAMESPACE, READY, FAILED = "in user namespace", "ready", "failed"
+IN_USER_NAMESPACE, READY, FAILED, BORN = "in user namespace", "ready", "failed", "born"
 
 
 @dataclass(frozen=True, slots=True)
 class Spawned:
-    """The jailer's ends of a new init. `steps[progress[0]]` is the one that it is at."""
+    """The jailer's ends of a new init. `steps[progress[0]]` is the one that it is at. `for_fork`: the agent's
+    ends of its turn socket and of the pipe for its output, which a zygote's child is to get."""
 
     pid: int
     supervisor: Wire
     turn: socket.socket
     steps: tuple[Operation, ...]
     progress: mmap.mmap
+    for_fork: tuple[int, ...] = ()
 
 
 def spawn(request: Make, plan: tuple[Operation, ...], cgroups: Cgroups) -> Spawned:
@@ -109,7 +111,7 @@ def _child(
     # Never returns into the jailer's frames, whatever happens: they are a copy, but their sockets are not.
     try:
         gc.freeze()
-        _forget_jailer(kept)
+        forget_jailer(kept)
         carry_out(steps, lambda index: progress.__setitem__(0, index))
         *agent_groups, sysctl = opened
         _give_up_power(supervisor, sysctl)
@@ -117,20 +119,20 @@ def _child(
         supervisor.send({"step": READY})
         # The answer proves that the jailer lived after we asked to die with it. It brings the control
         # socket, which Init takes, so only look that it is there.
-        _wait_readable(supervisor)
+        wait_readable(supervisor)
         init.serve()
     except Refused as refused:
-        _tell_failure(supervisor, refused)
+        tell_failure(supervisor, refused)
     except (Closed, Garbage, TimeoutError):
         pass  # the jailer is gone
     except BaseException:
         log.exception("init of jail %s failed", request.jail_id)
-        _tell_failure(supervisor, Refused("init failed by a bug", "see the node's log"))
+        tell_failure(supervisor, Refused("init failed by a bug", "see the node's log"))
     finally:
         os._exit(1)
 
 
-def _forget_jailer(kept: tuple[int, ...]) -> None:
+def forget_jailer(kept: tuple[int, ...]) -> None:
     signal.set_wakeup_fd(-1)
     for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(signal_number, signal.SIG_DFL)
@@ -150,6 +152,11 @@ def _forget_jailer(kept: tuple[int, ...]) -> None:
 def _give_up_power(supervisor: Wire, sysctl: int) -> None:
     supervisor.send({"step": IN_USER_NAMESPACE})
     _receive(supervisor)  # mapped
+    become_init(sysctl)
+
+
+def become_init(sysctl: int) -> None:
+    """In a user namespace that is mapped."""
     os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
@@ -170,12 +177,12 @@ def _forbid_user_namespaces(sysctl: int) -> None:
 
 def _receive(wire: Wire) -> Frame:
     while True:
-        _wait_readable(wire)
+        wait_readable(wire)
         for frame in wire.receive():
             return frame
 
 
-def _wait_readable(wire: Wire) -> None:
+def wait_readable(wire: Wire) -> None:
     deadline = time.monotonic() + _PATIENCE
     with selectors.DefaultSelector() as selector:
         selector.register(wire, selectors.EVENT_READ)
@@ -183,6 +190,6 @@ def _wait_readable(wire: Wire) -> None:
             raise TimeoutError
 
 
-def _tell_failure(supervisor: Wire, refused: Refused) -> None:
+def tell_failure(supervisor: Wire, refused: Refused) -> None:
     with suppress(Closed):
         supervisor.send({"step": FAILED, **refused.body()})

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_FRAME = 1 << 20  # bytes of JSON
-_MAX_FDS = 8  # with one frame
+_MAX_FDS = 20  # with one frame
 _CHUNK = 1 << 16
 
 Body = dict[str, Any]

@@ -167,7 +167,7 @@ async def test_no_init_survives_a_jailer_that_dies_while_it_makes_jails(
     await asyncio.sleep(after)
     jailer.signal(signal.SIGKILL)
     await asyncio.gather(*making, return_exceptions=True)
-    await eventually(lambda: not jailer.forked(), 5.0, "all are gone")
+    await eventually(lambda: not jailer.forked_only(), 5.0, "all are gone")
     await jailer.process.wait(5.0)
     await jailer.start()
     assert not jailer.cgroups()

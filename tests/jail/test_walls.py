@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from edge_agent.jail.api import Jail
-from tests.support.jailer import RunningJailer, python, spec
+from tests.support.jailer import FORKED_BUNDLE, RunningJailer, python, spec
 
 # Reports facts, or for an attempt the errno's name or "done".
 PROBE = """
@@ -80,18 +82,23 @@ while True: recv()
 """
 
 
-async def _probe(jailer: RunningJailer, target: str) -> tuple[Jail, dict[str, Any]]:
-    jail = await jailer.jails.make(spec("probe", python(PROBE), TOKEN="given"))
-    await jail.start()
+@pytest.fixture(params=["exec", "zygote"])
+def way(request: pytest.FixtureRequest) -> str:
+    """The walls are the same for each way of starting."""
+    return str(request.param)
+
+
+async def _probe(jailer: RunningJailer, way: str, target: str) -> tuple[Jail, dict[str, Any]]:
+    jail = await jailer.started(way, "probe", PROBE, TOKEN="given")
     async with asyncio.timeout(10.0):
         await jail.send(target.encode())
         return jail, json.loads(await jail.receive())
 
 
-async def test_the_walls_of_a_jail(jailer: RunningJailer) -> None:
+async def test_the_walls_of_a_jail(jailer: RunningJailer, way: str) -> None:
     neighbour = await jailer.jails.make(spec("neighbour", python("while True: recv()")))
     await neighbour.start()
-    _, seen = await _probe(jailer, f"{jailer.data_dir}/jails/neighbour/state")
+    _, seen = await _probe(jailer, way, f"{jailer.data_dir}/jails/neighbour/state")
 
     assert seen["ids"] == [[1000] * 3, [1000] * 3, []]
     none = "0" * 16
@@ -117,7 +124,8 @@ async def test_the_walls_of_a_jail(jailer: RunningJailer) -> None:
     ours = {"agent", "roost", "state", "tmp", "proc", "dev", "etc", "run"}
     system = {"usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", Path(sys.base_prefix).parts[1]}
     assert ours <= set(seen["root"]) <= ours | system
-    assert (seen["cwd"], seen["host"], seen["bundle"]) == ("/agent", "probe", ["hello.txt"])
+    assert (seen["cwd"], seen["host"]) == ("/agent", "probe")
+    assert set(seen["bundle"]) == ({"hello.txt"} if way == "exec" else FORKED_BUNDLE)
     assert seen["sdk"] == ["__init__.py", "agent.py"]
     assert set(seen["devices"]) == {
         *("null", "zero", "full", "random", "urandom", "shm"),
@@ -126,10 +134,10 @@ async def test_the_walls_of_a_jail(jailer: RunningJailer) -> None:
     assert {line.split(":")[2] for line in seen["cgroup"].splitlines()} <= {"/", "/agent"}
 
 
-async def test_what_a_jail_may_not_do(jailer: RunningJailer) -> None:
+async def test_what_a_jail_may_not_do(jailer: RunningJailer, way: str) -> None:
     neighbour = await jailer.jails.make(spec("neighbour", python("while True: recv()")))
     await neighbour.start()
-    _, seen = await _probe(jailer, f"{jailer.data_dir}/jails/neighbour/state")
+    _, seen = await _probe(jailer, way, f"{jailer.data_dir}/jails/neighbour/state")
 
     allowed = {"/state/x", "/tmp/x", "/dev/shm/x", "/dev/null"}
     assert {path for path, result in seen["writes"].items() if result == "done"} == allowed

@@ -16,6 +16,7 @@ import shutil
 import signal
 import traceback
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -79,6 +80,10 @@ class FakeJail:
     def files(self) -> Files:
         self._check()
         return self._files
+
+    @property
+    def ended(self) -> bool:
+        return self._exit.done()
 
     @property
     def frozen(self) -> bool:
@@ -154,6 +159,15 @@ class FakeJail:
             raise JailGone(self._exit.result())
 
 
+@dataclass
+class FakeZygote:
+    jail_id: str
+    ended: bool = False
+
+    async def kill(self) -> None:
+        self.ended = True
+
+
 class FakeJails:
     """`program` is what every agent runs, whatever its argv. `running` are the jails that live, by id.
     `refusals`: errors that the next calls of `make` raise, one each."""
@@ -163,11 +177,24 @@ class FakeJails:
         self.program = program
         self.running: dict[str, FakeJail] = {}
         self.refusals: list[RoostError] = []
+        self.zygotes: list[FakeZygote] = []
+        self.zygote_refusals: list[RoostError] = []
+        self.made: list[JailSpec] = []
+
+    async def zygote(self, spec: JailSpec) -> FakeZygote:
+        if self.zygote_refusals:
+            raise self.zygote_refusals.pop(0)
+        make_request(spec)
+        self.zygotes.append(FakeZygote(spec.jail_id))
+        return self.zygotes[-1]
 
     async def make(self, spec: JailSpec) -> FakeJail:
         if self.refusals:
             raise self.refusals.pop(0)
         make_request(spec)  # which checks it
+        if spec.zygote and not any(z.jail_id == spec.zygote and not z.ended for z in self.zygotes):
+            raise RoostError(Reason.JAIL_FAILED, f"there is no zygote {spec.zygote}")
+        self.made.append(spec)
         if spec.jail_id in self.running:
             raise RoostError(Reason.JAIL_FAILED, f"jail {spec.jail_id} runs already")
         state = self.directory / spec.jail_id

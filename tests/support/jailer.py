@@ -8,6 +8,7 @@ async with running_jailer() as jailer:
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import secrets
 import shutil
@@ -22,10 +23,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edge_agent.jail.api import JailSpec
+from edge_agent.jail.api import Jail, JailSpec, Zygote
 from edge_agent.jail.cgroups import parent_name
 from edge_agent.jail.client import JailerClient
-from edge_agent.jail.python import base_interpreter
+from edge_agent.jail.python import base_interpreter, zygote_argv
 from shared.resources import Resources
 from tests.support.process import Process
 
@@ -60,6 +61,19 @@ ECHO = "while True: send(recv())"
 def python(code: str) -> tuple[str, ...]:
     """An agent of `code`, which may call recv() and send()."""
     return (base_interpreter(), "-I", "-B", "-c", _TALK + code)
+
+
+# An agent's module that runs `code` as `python` does, and can be forked. `top` is for its import.
+_FORKED = """
+from roost import Agent
+{top}
+class Raw(Agent):
+    def run(self):
+        exec(compile({code!r}, "raw", "exec"), {{"top": globals()}})
+agent = Raw()
+agent.turn(lambda turn: "")
+"""
+FORKED_BUNDLE = {"hello.txt", "raw.py"}
 
 
 def spec(jail_id: str, argv: tuple[str, ...], limits: Resources = LIMITS, **env: str) -> JailSpec:
@@ -115,6 +129,28 @@ class RunningJailer:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_text(text)
 
+    async def zygote(self, version: str, code: str, top: str = "") -> Zygote:
+        """One that has imported a module of version `version`, which runs `code` in each jail."""
+        self.bundle(version, {"hello.txt": "hello", "raw.py": _FORKED.format(code=_TALK + code, top=top)})
+        argv = zygote_argv("raw:agent")
+        return await self.jails.zygote(JailSpec(f"zygote-{version}", version, argv, {}, LIMITS))
+
+    async def forked(self, jail_id: str, zygote: Zygote, **env: str) -> Jail:
+        """A jail whose agent was forked from `zygote`."""
+        version = zygote.jail_id.removeprefix("zygote-")
+        jail = await self.jails.make(JailSpec(jail_id, version, ("/none",), env, LIMITS, zygote.jail_id))
+        await jail.start()
+        return jail
+
+    async def started(self, way: str, jail_id: str, code: str, **env: str) -> Jail:
+        """A jail in which `code` runs, by `way` "exec" or "zygote"."""
+        if way == "zygote":
+            version = f"v-{hashlib.sha256(code.encode()).hexdigest()[:16]}"
+            return await self.forked(jail_id, await self.zygote(version, code), **env)
+        jail = await self.jails.make(spec(jail_id, python(code), **env))
+        await jail.start()
+        return jail
+
     def log(self) -> str:
         return self.process.log()
 
@@ -140,11 +176,11 @@ class RunningJailer:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         return [
             *(str(parent) for parent in self._cgroup_parents()),
-            *(f"process {pid}" for pid in {*self.jailed(), *self.forked()}),
+            *(f"process {pid}" for pid in {*self.jailed(), *self.forked_only()}),
             *(f"mount {line}" for line in mounts if str(self.data_dir) in line),
         ]
 
-    def forked(self) -> list[int]:
+    def forked_only(self) -> list[int]:
         """It and those that it forked and that have executed nothing since: inits, in whatever state."""
         return [p.pid for p in psutil.process_iter() if alive(p.pid) and str(self._config) in _command(p)]
 

@@ -59,6 +59,12 @@ class Mesh:
     def data_dir(self, node: str) -> Path:
         return self.directory / node
 
+    def occupied(self, node: str) -> bool:
+        """Has the node processes other than its own two, zygotes, and jails that wait for a user?"""
+        states = [(s.stat().st_uid, any(s.iterdir())) for s in self.data_dir(node).glob("jails/*/state")]
+        waiting = {uid - of_init for uid, used in states if not used for of_init in (0, 1)}
+        return len([p for p in self.nodes[node].tree() if p.uids().real not in waiting]) > 2
+
     async def status(self) -> admin_pb2.StatusReply:
         for address in self.addresses:
             async with rpc.channel(address) as channel:

@@ -46,6 +46,10 @@ class Cgroups(Protocol):
         an unprivileged process because the kernel checks who opened them."""
         ...
 
+    def open_from_outside(self, jail_id: str) -> tuple[int, ...]:
+        """As `open_agent`, for a process that is in none of the jail's groups yet."""
+        ...
+
     def freeze(self, jail_id: str) -> None: ...
 
     def frozen(self, jail_id: str) -> bool:

@@ -81,6 +81,11 @@ class V1:
         tasks = _path(self._parents["freezer"], jail_id, AGENT) / _TASKS
         return (os.open(tasks, os.O_WRONLY | os.O_CLOEXEC),)
 
+    def open_from_outside(self, jail_id: str) -> tuple[int, ...]:
+        groups = [_path(self._parents[name], jail_id) for name in CONTROLLERS if name != "freezer"]
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        return (*(os.open(group / _TASKS, flags) for group in groups), *self.open_agent(jail_id))
+
     def freeze(self, jail_id: str) -> None:
         self._freezer(jail_id).state = "FROZEN"
 

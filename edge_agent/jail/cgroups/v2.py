@@ -88,6 +88,9 @@ class V2:
         procs = self._parent / jail_id / AGENT / "cgroup.procs"
         return (os.open(procs, os.O_WRONLY | os.O_CLOEXEC),)
 
+    def open_from_outside(self, jail_id: str) -> tuple[int, ...]:
+        return self.open_agent(jail_id)
+
     def freeze(self, jail_id: str) -> None:
         self._agent(jail_id).freeze = 1
 

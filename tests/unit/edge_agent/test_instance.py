@@ -14,6 +14,7 @@ from edge_agent.commits import Commits
 from edge_agent.instance import Asleep, Done, Instance, Live, Lost, Parts
 from edge_agent.records import Records
 from edge_agent.reservations import Reservations
+from edge_agent.starts import Starts
 from edge_agent.state.blobs import MemoryBlobs
 from edge_agent.state.bundles import BundleStore
 from edge_agent.state.chunks import ChunkStore
@@ -79,6 +80,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     tenure = Tenure()
     tenure.welcomed(0.0, 1e9)
     records = Records(tmp_path / "records.db")
+    reservations = Reservations("edge-1", CAPACITY)
     parts = Parts(
         "edge-1",
         jails,
@@ -86,9 +88,10 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         records,
         control,
         Commits(state, control, upload_seconds=0.1, commit_seconds=0.1),
-        Reservations("edge-1", CAPACITY),
+        reservations,
         tenure,
         lambda: now[0],
+        Starts(jails, reservations, lambda: now[0]),
     )
     yield Bench(parts, control, jails, blobs, now)
     await jails.close()

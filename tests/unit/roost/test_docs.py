@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.config import Duration, Size
-from shared.policy import AgentSection, ResourcesSection, RunSection, parse_policy
+from shared.policy import AgentSection, ResourcesSection, RunSection, Start, parse_policy
 from shared.units import parse_duration, parse_size
 
 ROOT = Path(__file__).parents[3]
@@ -43,6 +43,7 @@ def value(text: str, kind: str) -> object:
         "str": str,
         "float": float,
         "int": int,
+        Start.__name__: Start,
     }
     return readers[kind](bare)
 

@@ -1,0 +1,53 @@
+"""How many jails of each agent version should wait for a user: decided from plain values.
+
+Always true: what is parked would fit beside everything that is reserved, and real instances never see it as
+taken; a version that nobody started for a while has nothing parked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shared.resources import Resources, fits
+
+WINDOW = 30.0  # seconds; as many starts as fell into it are prepared for
+QUIET = 120.0  # seconds without a start, after which none is parked
+MOST = 32  # of one version
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Of one version. `starts`: when, in monotonic seconds and in order, instances were started, in whatever
+    way; at most MOST. `waiting`: jails that are parked or on their way to be."""
+
+    need: Resources
+    starts: tuple[float, ...]
+    waiting: int
+
+    def started(self, now: float) -> Demand:
+        return Demand(self.need, (*self.starts, now)[-MOST:], self.waiting)
+
+
+def decide(demands: Mapping[str, Demand], spare: Resources, now: float) -> dict[str, int]:
+    """By version, how many jails to park (more than 0) or to end (less than 0). Those that were wanted last
+    are served first with what room there is."""
+    changes: dict[str, int] = {}
+    taken = Resources()
+    for version, demand in sorted(demands.items(), key=lambda item: -max(item[1].starts, default=0.0)):
+        granted = 0
+        for _ in range(_wanted(demand, now)):
+            if not fits(demand.need, taken, spare):
+                break
+            taken += demand.need
+            granted += 1
+        if granted != demand.waiting:
+            changes[version] = granted - demand.waiting
+    return changes
+
+
+def _wanted(demand: Demand, now: float) -> int:
+    """Grows with each start that comes, since a burst seldom ends with its first; then shrinks to one."""
+    if not demand.starts or now - demand.starts[-1] >= QUIET:
+        return 0
+    return max(1, sum(now - start < WINDOW for start in demand.starts))

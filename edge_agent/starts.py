@@ -1,0 +1,242 @@
+"""How an instance's process comes to be: claimed from the pool, forked from a zygote, or executed.
+
+Always true: a parked jail is given away once, and before that nothing of any user has been in it; a version
+whose zygote failed twice is executed. No user waits for a zygote or the pool: what is not there yet is not
+used. How it can fail: what was chosen turns out to be gone; then the next way in `ways` is tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_agent import pool
+from edge_agent.control import Agent
+from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec, Zygote
+from edge_agent.jail.python import python_argv, zygote_argv
+from edge_agent.reservations import Reservations
+from edge_agent.turns import wait_ready
+from shared.errors import RoostError
+from shared.policy import Start
+from shared.resources import Resources, fits
+
+log = logging.getLogger(__name__)
+
+PERIOD = 0.5
+ZYGOTE_QUIET = 600.0  # seconds without a start after which it is ended
+_FAILURES = 2
+_PAUSE = 5.0  # seconds before a zygote is started again
+_AT_ONCE = 2  # jails that are parked at the same time
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """It runs and is ready; its /state is empty, and no code of the agent has looked at it."""
+
+    jail: Jail
+
+
+@dataclass(frozen=True, slots=True)
+class FromZygote:
+    jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exec:
+    pass
+
+
+Way = Parked | FromZygote | Exec
+
+
+@dataclass(slots=True)
+class _Version:
+    agent: Agent
+    demand: pool.Demand
+    parked: list[Jail] = field(default_factory=list)
+    parking: int = 0
+    zygote: Zygote | None = None
+    preparing: bool = False  # the zygote
+    failures: int = 0
+    not_before: float = 0.0
+
+    @property
+    def start(self) -> Start:
+        return self.agent.policy.run.start
+
+    @property
+    def live_zygote(self) -> Zygote | None:
+        return self.zygote if self.zygote is not None and not self.zygote.ended else None
+
+
+class Starts:
+    """`reconcile` is to be run every PERIOD seconds, and when `changed` is called."""
+
+    def __init__(
+        self,
+        jails: Jails,
+        reservations: Reservations,
+        clock: Callable[[], float],
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._jails = jails
+        self._reservations = reservations
+        self._clock = clock
+        self._changed = changed
+        self._versions: dict[str, _Version] = {}
+        self._trash: set[str] = set()  # directories of what was ended
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def ways(self, agent: Agent, is_new_here: bool) -> Iterator[Way]:
+        """What to try, in this order. A Parked one belongs to the caller from then on. `is_new_here`: the
+        instance has no directory on this node."""
+        version = self._versions.get(agent.version)
+        if version is None:
+            need = agent.policy.need
+            version = self._versions[agent.version] = _Version(agent, pool.Demand(need, (), 0))
+        version.demand = version.demand.started(self._clock())
+        self._changed()
+        if is_new_here and version.parked:
+            yield Parked(version.parked.pop())
+        if version.start is not Start.EXEC and (zygote := version.live_zygote):
+            yield FromZygote(zygote.jail_id)
+        yield Exec()
+
+    # --- background --------------------------------------------------------------------------------------
+
+    async def reconcile(self) -> None:
+        """One pass. What takes time goes on in tasks, which the next pass counts."""
+        now = self._clock()
+        spare = self._reservations.capacity - self._reservations.total(now)
+        for name, version in list(self._versions.items()):
+            version.parked = self._alive(version.parked)
+            self._keep_zygote(name, version, spare, now)
+        for name, change in pool.decide(self._demands(), spare, now).items():
+            version = self._versions[name]
+            for _ in range(min(change, _AT_ONCE - version.parking)):
+                version.parking += 1
+                self._do(f"park {name}", self._park(version))
+            for _ in range(min(-change, len(version.parked))):
+                self._do(f"end a parked jail of {name}", self._end(version.parked.pop()))
+        for name, version in list(self._versions.items()):
+            quiet = not version.demand.starts or now - version.demand.starts[-1] > ZYGOTE_QUIET
+            if quiet and not (version.parked or version.parking or version.zygote or version.preparing):
+                del self._versions[name]
+        for jail_id in list(self._trash):
+            with suppress(RoostError):  # a zygote's stays while instances of it live
+                await self._jails.discard(jail_id)
+                self._trash.discard(jail_id)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _demands(self) -> dict[str, pool.Demand]:
+        return {
+            name: pool.Demand(v.demand.need, v.demand.starts, len(v.parked) + v.parking)
+            for name, v in self._versions.items()
+            if v.start in (Start.AUTO, Start.PARKED) and (v.live_zygote or v.parked)
+        }
+
+    def _keep_zygote(self, name: str, version: _Version, spare: Resources, now: float) -> None:
+        if version.zygote is not None and version.zygote.ended:
+            log.warning("the zygote of %s has ended", name)
+            self._trash.add(version.zygote.jail_id)
+            version.zygote = None
+            self._failed(version, now)
+        last = version.demand.starts[-1] if version.demand.starts else 0.0
+        wanted = version.start is not Start.EXEC and now - last < ZYGOTE_QUIET
+        if version.zygote is not None and not wanted:
+            zygote, version.zygote = version.zygote, None
+            self._do(f"end the zygote of {name}", self._end_zygote(zygote))
+        elif (
+            wanted
+            and version.zygote is None
+            and not version.preparing
+            and version.failures < _FAILURES
+            and now >= version.not_before
+            and fits(version.demand.need, Resources(), spare)
+        ):
+            version.preparing = True
+            self._do(f"zygote of {name}", self._prepare(name, version))
+
+    def _failed(self, version: _Version, now: float) -> None:
+        version.failures += 1
+        version.not_before = now + _PAUSE
+
+    async def _prepare(self, name: str, version: _Version) -> None:
+        agent, need = version.agent, version.demand.need
+        jail_id = f"zygote-{name[:24]}-{uuid.uuid4().hex[:16]}"
+        # At least a core: it works for many, and its forks begin within its own limits.
+        limits = Resources(need.memory_bytes, max(1000, need.cpu_millis), max(32, need.pids))
+        spec = JailSpec(jail_id, name, zygote_argv(agent.policy.run.entry), limits=limits)
+        began = self._clock()
+        try:
+            version.zygote = await self._jails.zygote(spec)
+            log.info("the zygote of %s is ready after %.2f s", name, self._clock() - began)
+        except RoostError as error:
+            self._trash.add(jail_id)
+            self._failed(version, self._clock())
+            log.info("%s is started by executing it: %s", name, error.message)
+        finally:
+            version.preparing = False
+        self._changed()
+
+    async def _park(self, version: _Version) -> None:
+        run = version.agent.policy.run
+        jail_id = f"{version.agent.policy.agent.name[:24]}-parked-{uuid.uuid4().hex[:24]}"
+        try:
+            zygote = version.live_zygote
+            if zygote is None:
+                return
+            argv = python_argv(run.entry)
+            spec = JailSpec(
+                jail_id, version.agent.version, argv, limits=version.demand.need, zygote=zygote.jail_id
+            )
+            jail = await self._jails.make(spec)
+            try:
+                await jail.start()
+                await wait_ready(jail, run.start_timeout)
+            except BaseException:
+                await self._end(jail)
+                raise
+            version.parked.append(jail)
+        except (RoostError, JailGone) as error:
+            log.warning("a jail of %s can't be parked: %s", version.agent.version, error)
+            self._trash.add(jail_id)
+        finally:
+            version.parking -= 1
+        self._changed()
+
+    def _alive(self, jails: list[Jail]) -> list[Jail]:
+        alive = []
+        for jail in jails:
+            if jail.ended:
+                self._trash.add(jail.jail_id)
+            else:
+                alive.append(jail)
+        return alive
+
+    async def _end(self, jail: Jail) -> None:
+        await jail.kill()
+        self._trash.add(jail.jail_id)
+
+    async def _end_zygote(self, zygote: Zygote) -> None:
+        await zygote.kill()
+        self._trash.add(zygote.jail_id)
+
+    def _do(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("%s failed", task.get_name(), exc_info=error)
