@@ -18,5 +18,6 @@ os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 
 # What comes from this run is known by its mark, and has a directory of its own for temporary files.
 os.environ[MARK] = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="roost-tests-")
+os.chmod(os.environ["TMPDIR"], 0o755)  # jails' own uids must get to what lies there
 tempfile.tempdir = None  # look at TMPDIR again
 atexit.register(shutil.rmtree, os.environ[MARK], ignore_errors=True)
