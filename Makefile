@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check image lock clean
+.PHONY: help setup demo test test-fuzz bench check image lock clean
 
 BIN := .venv/bin
 BOOTSTRAP := packaging/bootstrap.sh
@@ -13,7 +13,7 @@ need_root = [ "$$(id -u)" = 0 ] || { \
 	echo "make $@ must run as root: it $(1). Type: sudo make $@" >&2; exit 1; }
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 setup: ## install what is missing: system packages if root, and .venv
 	@$(BOOTSTRAP)
@@ -27,6 +27,18 @@ test: ## all tests, against a real etcd and real jails (root); ARGS="-k text" pi
 	@$(call need_root,installs etcd and container tools with apt and tests real jails)
 	@$(BOOTSTRAP) --test
 	@$(BIN)/pytest $(ARGS)
+
+test-fuzz: ## random system calls in a jail for 20 s (root; apt-get install trinity)
+	@$(call need_root,tests real jails)
+	@$(BOOTSTRAP) --test
+	@$(BIN)/pytest -m fuzz tests/jail $(ARGS)
+
+# What pip has no build of for this Python, a benchmark goes without, and says so.
+bench: ## measures, beside peers, into bench/out/; NAME=escape picks one (root)
+	@$(call need_root,measures real jails)
+	@$(BOOTSTRAP) --test
+	@$(BIN)/python -c 'import sandlock' 2>/dev/null || $(BIN)/python -m pip install -qq 'sandlock>=0.9,<1' || true
+	@$(BIN)/python -m bench.run $(NAME)
 
 check: ## format, lint, types, import rules, unit tests: under a minute, no root
 	@$(BOOTSTRAP)
@@ -47,6 +59,6 @@ lock: ## renew requirements.lock with the newest versions that pyproject.toml al
 
 clean: ## remove all that the targets above made in this directory
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	rm -rf .hypothesis packaging/coordinator/wheels
+	rm -rf .hypothesis packaging/coordinator/wheels bench/out
 	rm -f protos/v1/*_pb2*.py protos/v1/*_pb2*.pyi
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

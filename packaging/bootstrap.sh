@@ -30,6 +30,7 @@ needed() {
   fi
   if [ "$1" = test ]; then
     echo "etcdctl etcd-client"
+    echo "bwrap bubblewrap"
     echo "ip iproute2"
     echo "systemd-analyze systemd"
   fi

@@ -4,7 +4,11 @@ stops it; `make bench NAME=escape` shows other sandboxes beside it."""
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +73,43 @@ def test_what_stops_it(report: Report, hazard: str, how: str) -> None:
     if hazard == "32-bit system calls" and report[hazard][1] == "nothing there":
         pytest.skip("this machine has none")
     assert report[hazard] == [True, how]
+
+
+# Harmless to try without any jail, where they work: so the probe, and the canaries, can be trusted.
+OPEN = (
+    "abstract unix socket of the host",
+    "container engine's socket",
+    "connect to a port of the host",
+    "signal a process of the host",
+    "read a process of the host",
+    "read a file of the host or of another instance",
+    "shared memory of the host",
+    "secrets in the environment",
+    "capabilities, in any set",
+    "run as the host's root",
+    "no no_new_privs",
+    "no system call filter",
+    "feed the host's core dump program",
+    "name_to_handle_at",
+    "ptrace",
+    "compare kernel objects (kcmp)",
+    "read another process's memory (process_vm_readv)",
+    "netlink: uevents",
+    "user namespace by unshare",
+)
+
+
+@needs_root
+def test_the_probe_finds_what_is_open(tmp_path: Path) -> None:
+    with canaries(tmp_path) as environment:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.jail.probe", *OPEN],
+            env={**os.environ, **environment},
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
+    assert [name for name, (held, _) in json.loads(done.stdout).items() if held] == []
 
 
 def test_the_page_lists_every_hazard_and_no_other() -> None:

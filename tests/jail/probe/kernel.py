@@ -109,8 +109,14 @@ _reads("read the kernel's log", "/proc/kmsg", "/dev/kmsg")
 _reads("read interrupts and load of the host", "/proc/interrupts", "/proc/pressure/cpu")
 _reads("read the machine's identity", "/sys/class/dmi/id/product_uuid", "/etc/machine-id")
 _reads("read the host's secrets", "/etc/shadow", "/etc/ssh/ssh_host_ed25519_key", "/root/.ssh/id_rsa")
-_reads("read the environment or memory map of process 1", "/proc/1/environ", "/proc/1/maps")
 _reads("read the block devices' I/O by /sys", "/sys/block/vda/stat", "/sys/block/sda/stat")
+
+
+@hazard("read the environment or memory map of process 1")
+def _init_environment() -> str | None:
+    if os.getppid() == 1:
+        return None  # it is the program itself
+    return first(["/proc/1/environ", "/proc/1/maps"], read)
 
 
 @hazard("read kernel addresses")

@@ -230,7 +230,9 @@ def _secrets() -> str | None:
 
 @hazard("kill process 1")
 def _kill_init() -> str | None:
-    """Signal 0: nothing is sent."""
+    """Signal 0: nothing is sent. Where the program itself is process 1, there is no other to protect."""
+    if os.getppid() == 1:
+        return None
     os.kill(1, 0)
     return "may"
 
@@ -323,7 +325,7 @@ def _memory() -> str | None:
 
 @hazard("fill /tmp")
 def _fill_tmp() -> str | None:
-    return _fill(f"/tmp/probe-{os.getpid()}", 2 * _MEMORY)
+    return _fill(f"{os.environ.get('TMPDIR', '/tmp')}/probe-{os.getpid()}", 2 * _MEMORY)
 
 
 @hazard("one file of any size")
