@@ -311,7 +311,10 @@ class Instance:
         try:
             self.jail_id = jail.jail_id
             self.freezer.attach(jail)
-            index = await parts.state.restore(jail.files, manifest, known.index if known else None)
+            if isinstance(way, Parked) and committed.version == 0:
+                index = parts.state.nothing()
+            else:
+                index = await parts.state.restore(jail.files, manifest, known.index if known else None)
             self._record(committed.agent, manifest, committed.root, index)
             self._check_owner()
             if not isinstance(way, Parked):

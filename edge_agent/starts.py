@@ -21,7 +21,7 @@ from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec, Zygote
 from edge_agent.jail.python import python_argv, zygote_argv
 from edge_agent.reservations import Reservations
 from edge_agent.turns import wait_ready
-from shared.errors import RoostError
+from shared.errors import Reason, RoostError
 from shared.policy import Start
 from shared.resources import Resources, fits
 
@@ -101,6 +101,7 @@ class Starts:
             version = self._versions[agent.version] = _Version(agent, pool.Demand(need, (), 0))
         version.demand = version.demand.started(self._clock())
         self._changed()
+        version.parked = self._alive(version.parked)
         if is_new_here and version.parked:
             yield Parked(version.parked.pop())
         if version.start is not Start.EXEC and (zygote := version.live_zygote):
@@ -203,6 +204,7 @@ class Starts:
             try:
                 await jail.start()
                 await wait_ready(jail, run.start_timeout)
+                await _check_untouched(jail)
             except BaseException:
                 await self._end(jail)
                 raise
@@ -240,3 +242,8 @@ class Starts:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s failed", task.get_name(), exc_info=error)
+
+
+async def _check_untouched(jail: Jail) -> None:
+    if await jail.files.scan():
+        raise RoostError(Reason.JAIL_FAILED, "something wrote to the /state of a jail that waits")

@@ -3,7 +3,7 @@
 Over the socket in descriptor 3, messages are a 4-byte big-endian length and JSON:
 
     zygote -> node   {"step": "ready"}  once, or  {"step": "failed", "message", "hint"}  and its end
-    node -> zygote   {"do": "fork", "env", "uid", "groups": n}  with the descriptors of `_Given`
+    node -> zygote   {"do": "fork", "env", "uid"}  with the descriptors of `_Given`
     child -> node    {"pid": n}  or  {"problem": text}, over the descriptor `report`
 
 What must hold: the zygote has one thread when it forks, and gets to see no user's data. How it can fail: the
@@ -70,13 +70,26 @@ def main_zygote(entry: str) -> NoReturn:
     gc.freeze()
     _send(node, {"step": "ready"})
     while True:
+        _fork_spare(node, agent)
+
+
+def _fork_spare(node: socket.socket, agent: Agent) -> None:
+    """Has a child wait for the next request, so that the fork is done before somebody waits for it. Returns
+    when it has taken one."""
+    told, tell = os.pipe()
+    if os.fork() == 0:
+        os.close(told)
         request, fds = _receive(node)
         if request is None:
             os._exit(0)
-        if request.get("do") == "fork" and os.fork() == 0:
-            _enter(node, agent, request, fds)
-        for fd in fds:
-            os.close(fd)
+        os.write(tell, b".")
+        os.close(tell)
+        _enter(node, agent, request, fds)
+    os.close(tell)
+    taken = os.read(told, 1)
+    os.close(told)
+    if not taken:
+        os._exit(0)  # the node has closed the socket, or killed the child
 
 
 def _fail(node: socket.socket, why: str) -> NoReturn:
