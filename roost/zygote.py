@@ -82,9 +82,7 @@ def _fork_spare(node: socket.socket, agent: Agent) -> None:
         request, fds = _receive(node)
         if request is None:
             os._exit(0)
-        os.write(tell, b".")
-        os.close(tell)
-        _enter(node, agent, request, fds)
+        _enter(node, agent, request, fds, tell)
     os.close(tell)
     taken = os.read(told, 1)
     os.close(told)
@@ -107,8 +105,9 @@ def _threads() -> int:
 # --- in the child ------------------------------------------------------------------------------------
 
 
-def _enter(node: socket.socket, agent: Agent, request: dict[str, Any], fds: list[int]) -> NoReturn:
-    """Enters the jail and forks the agent in there; lives on until the node has seen that."""
+def _enter(node: socket.socket, agent: Agent, request: dict[str, Any], fds: list[int], tell: int) -> NoReturn:
+    """Enters the jail and forks the agent in there; lives on until the node has seen that. Writes to `tell`
+    when the zygote may fork again: at the same time both forks would be slower."""
     given = _Given(fds[0], fds[1], fds[2], fds[3:10], fds[10:])
     try:
         node.close()
@@ -119,6 +118,7 @@ def _enter(node: socket.socket, agent: Agent, request: dict[str, Any], fds: list
             _check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), "setns")
         pid = os.fork()
     except BaseException as error:
+        os.write(tell, b".")
         _end_with(given.report, f"a zygote's child can't enter the jail: {error!r}")
     if pid == 0:
         try:
@@ -126,6 +126,7 @@ def _enter(node: socket.socket, agent: Agent, request: dict[str, Any], fds: list
         except BaseException as error:
             _end_with(given.report, f"a zygote's child can't become the agent: {error!r}")
         agent.run()
+    os.write(tell, b".")
     with socket.socket(fileno=given.report) as report:
         _send(report, {"pid": pid})
         for fd in (given.turn, given.output):
