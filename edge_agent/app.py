@@ -17,9 +17,9 @@ from edge_agent.attach import AttachServicer
 from edge_agent.commits import Commits
 from edge_agent.config import EdgeConfig
 from edge_agent.discovery import Discovery
-from edge_agent.instance import Parts
 from edge_agent.jail.client import JailerClient
 from edge_agent.link import Link
+from edge_agent.phases import Parts
 from edge_agent.records import Records
 from edge_agent.reservations import Reservations
 from edge_agent.starts import PERIOD, Starts

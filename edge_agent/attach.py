@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc.aio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_agent.instance import Done, Instance
+from edge_agent.instance import Instance
+from edge_agent.phases import Done
 from edge_agent.supervisor import Supervisor
 from edge_agent.turns import Deltas, Turn
 from protos.v1 import attach_pb2, attach_pb2_grpc

@@ -17,22 +17,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import assert_never
+from dataclasses import replace
 
-from edge_agent.commits import Commits
-from edge_agent.control import Agent, CommittedState, ControlPlane
+from edge_agent.control import Agent, CommittedState
 from edge_agent.freezer import Freezer
-from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec
+from edge_agent.jail.api import Jail, JailGone, JailSpec
 from edge_agent.jail.python import python_argv
-from edge_agent.records import NodeRecord, Records
-from edge_agent.reservations import Reservations
-from edge_agent.starts import Exec, FromZygote, Parked, Starts, Way
+from edge_agent.phases import Asleep, Done, Live, Lost, Parts, State
+from edge_agent.records import NodeRecord
+from edge_agent.starts import Exec, FromZygote, Parked, Way, is_agents_fault, name_of
 from edge_agent.state.index import Index
-from edge_agent.state.store import StateStore
-from edge_agent.tenure import Tenure
 from edge_agent.turns import Deltas, Turn, crash, run_turn, wait_ready
 from protos.v1 import common_pb2
 from shared.errors import Reason, RoostError
@@ -44,75 +40,6 @@ log = logging.getLogger(__name__)
 FETCH_SECONDS = 5.0
 _MAX_QUEUED = 16  # turns of one instance, of up to 1 MiB each
 TELL_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Asleep:
-    """No process. `told`: the coordinator knows, and counts its room as free."""
-
-    told: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """Its process runs, and its files are what `manifest` says (between turns)."""
-
-    jail: Jail
-    agent: Agent
-    manifest: StateManifest
-    index: Index | None
-    resumed_from: common_pb2.ResumedFrom.ValueType
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """Another node may own it."""
-
-    why: str
-
-
-State = Asleep | Live | Lost
-
-
-def _name(way: Way) -> str:
-    match way:
-        case Parked():
-            return "parked"
-        case FromZygote():
-            return "zygote"
-        case Exec():
-            return "exec"
-        case _:
-            assert_never(way)
-
-
-def _is_agents_fault(error: RoostError | JailGone) -> bool:
-    """Another way of starting would end no better."""
-    return isinstance(error, RoostError) and error.reason is not Reason.JAIL_FAILED
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A committed turn."""
-
-    reply: str
-    receipt: common_pb2.Receipt
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What an instance works with; the same for all of a node."""
-
-    node: str
-    jails: Jails
-    state: StateStore
-    records: Records
-    control: ControlPlane
-    commits: Commits
-    reservations: Reservations
-    tenure: Tenure
-    clock: Callable[[], float]
-    starts: Starts
 
 
 class Instance:
@@ -278,11 +205,11 @@ class Instance:
             try:
                 index = await self._start_by(way, committed, manifest, lay)
             except (RoostError, JailGone) as error:
-                if isinstance(way, Exec) or _is_agents_fault(error):
+                if isinstance(way, Exec) or is_agents_fault(error):
                     raise
-                log.warning("%s can't be started by %s: %s", self.key, _name(way), error)
+                log.warning("%s can't be started by %s: %s", self.key, name_of(way), error)
                 continue
-            log.info("%s: %s, %.1f ms", self.key, _name(way), (parts.clock() - began) * 1000)
+            log.info("%s: %s, %.1f ms", self.key, name_of(way), (parts.clock() - began) * 1000)
             break
         if committed.version == 0:
             resumed_from = common_pb2.NEW
@@ -305,7 +232,10 @@ class Instance:
         try:
             self.jail_id = jail.jail_id
             self.freezer.attach(jail)
-            index = await parts.state.restore(jail.files, manifest, lay)
+            if isinstance(way, Parked) and committed.version == 0:
+                index = parts.state.nothing()
+            else:
+                index = await parts.state.restore(jail.files, manifest, lay)
             await self._record(committed.agent, manifest, committed.root, index)
             self._check_owner()
             if not isinstance(way, Parked):

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, assert_never
 
 from edge_agent import pool
 from edge_agent.control import Agent
@@ -21,7 +21,7 @@ from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec, Zygote
 from edge_agent.jail.python import python_argv, zygote_argv
 from edge_agent.reservations import Reservations
 from edge_agent.turns import wait_ready
-from shared.errors import RoostError
+from shared.errors import Reason, RoostError
 from shared.policy import Start
 from shared.resources import Resources, fits
 
@@ -52,6 +52,23 @@ class Exec:
 
 
 Way = Parked | FromZygote | Exec
+
+
+def name_of(way: Way) -> str:
+    match way:
+        case Parked():
+            return "parked"
+        case FromZygote():
+            return "zygote"
+        case Exec():
+            return "exec"
+        case _:
+            assert_never(way)
+
+
+def is_agents_fault(error: RoostError | JailGone) -> bool:
+    """Another way of starting would end no better."""
+    return isinstance(error, RoostError) and error.reason is not Reason.JAIL_FAILED
 
 
 @dataclass(slots=True)
@@ -101,6 +118,7 @@ class Starts:
             version = self._versions[agent.version] = _Version(agent, pool.Demand(need, (), 0))
         version.demand = version.demand.started(self._clock())
         self._changed()
+        version.parked = self._alive(version.parked)
         if is_new_here and version.parked:
             yield Parked(version.parked.pop())
         if version.start is not Start.EXEC and (zygote := version.live_zygote):
@@ -203,6 +221,7 @@ class Starts:
             try:
                 await jail.start()
                 await wait_ready(jail, run.start_timeout)
+                await _check_untouched(jail)
             except BaseException:
                 await self._end(jail)
                 raise
@@ -240,3 +259,8 @@ class Starts:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s failed", task.get_name(), exc_info=error)
+
+
+async def _check_untouched(jail: Jail) -> None:
+    if await jail.files.scan():
+        raise RoostError(Reason.JAIL_FAILED, "something wrote to the /state of a jail that waits")

@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from edge_agent.control import Agent
-from edge_agent.instance import Done, Instance, Live, Parts
+from edge_agent.instance import Instance
 from edge_agent.jail.api import Jail
+from edge_agent.phases import Done, Live, Parts
 from edge_agent.records import NodeRecord
 from edge_agent.turns import Deltas, Turn
 from protos.v1 import common_pb2, link_pb2

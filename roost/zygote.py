@@ -3,7 +3,7 @@
 Over the socket in descriptor 3, messages are a 4-byte big-endian length and JSON:
 
     zygote -> node   {"step": "ready"}  once, or  {"step": "failed", "message", "hint"}  and its end
-    node -> zygote   {"do": "fork", "env", "uid", "groups": n}  with the descriptors of `_Given`
+    node -> zygote   {"do": "fork", "env", "uid"}  with the descriptors of `_Given`
     child -> node    {"pid": n}  or  {"problem": text}, over the descriptor `report`
 
 What must hold: the zygote has one thread when it forks, and gets to see no user's data. How it can fail: the
@@ -76,13 +76,24 @@ def main_zygote(entry: str) -> NoReturn:
     gc.freeze()
     _send(node, {"step": "ready"})
     while True:
+        _fork_spare(node, agent)
+
+
+def _fork_spare(node: socket.socket, agent: Agent) -> None:
+    """Has a child wait for the next request, so that the fork is done before somebody waits for it. Returns
+    when it has taken one."""
+    told, tell = os.pipe()
+    if os.fork() == 0:
+        os.close(told)
         request, fds = _receive(node)
         if request is None:
             os._exit(0)
-        if request.get("do") == "fork" and os.fork() == 0:
-            _enter(node, agent, request, fds)
-        for fd in fds:
-            os.close(fd)
+        _enter(node, agent, request, fds, tell)
+    os.close(tell)
+    taken = os.read(told, 1)
+    os.close(told)
+    if not taken:
+        os._exit(0)  # the node has closed the socket, or killed the child
 
 
 def _fail(node: socket.socket, why: str) -> NoReturn:
@@ -100,8 +111,9 @@ def _threads() -> int:
 # --- in the child ------------------------------------------------------------------------------------
 
 
-def _enter(node: socket.socket, agent: Agent, request: dict[str, Any], fds: list[int]) -> NoReturn:
-    """Enters the jail and forks the agent in there; lives on until the node has seen that."""
+def _enter(node: socket.socket, agent: Agent, request: dict[str, Any], fds: list[int], tell: int) -> NoReturn:
+    """Enters the jail and forks the agent in there; lives on until the node has seen that. Writes to `tell`
+    when the zygote may fork again: at the same time both forks would be slower."""
     given = _Given(fds[0], fds[1], fds[2], fds[3:10], fds[10:])
     try:
         node.close()
@@ -112,6 +124,7 @@ def _enter(node: socket.socket, agent: Agent, request: dict[str, Any], fds: list
             _check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), "setns")
         pid = os.fork()
     except BaseException as error:
+        os.write(tell, b".")
         _end_with(given.report, f"a zygote's child can't enter the jail: {error!r}")
     if pid == 0:
         try:
@@ -119,6 +132,7 @@ def _enter(node: socket.socket, agent: Agent, request: dict[str, Any], fds: list
         except BaseException as error:
             _end_with(given.report, f"a zygote's child can't become the agent: {error!r}")
         agent.run()
+    os.write(tell, b".")
     with socket.socket(fileno=given.report) as report:
         _send(report, {"pid": pid})
         for fd in (given.turn, given.output):

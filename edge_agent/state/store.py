@@ -18,7 +18,7 @@ from edge_agent.state.blobs import Blobs, GrpcBlobs
 from edge_agent.state.bundles import BundleStore
 from edge_agent.state.chunks import ChunkStore
 from edge_agent.state.files import Files
-from edge_agent.state.index import Index
+from edge_agent.state.index import Index, boot_id
 from edge_agent.state.restore import restore
 from edge_agent.state.snapshot import Snapshot, capture, upload
 from shared.content import Blob
@@ -90,6 +90,10 @@ class StateStore:
         index = await upload(snapshot, encoded, self.chunks, self.blobs, again)
         await asyncio.to_thread(self._keep, [Blob.of(plain) for plain in encoded.blobs.values()])
         return encoded.root, index
+
+    def nothing(self) -> Index:
+        """The index of an empty directory: what `restore` of a version 0 into one gives."""
+        return Index(boot_id(), uploaded=True)
 
     async def restore(self, files: Files, manifest: StateManifest, index: Index | None) -> Index:
         with _disk():

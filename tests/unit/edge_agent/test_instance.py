@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from edge_agent.commits import Commits
-from edge_agent.instance import Asleep, Done, Instance, Live, Lost, Parts
+from edge_agent.instance import Instance
+from edge_agent.phases import Asleep, Done, Live, Lost, Parts
 from edge_agent.records import Records
 from edge_agent.reservations import Reservations
 from edge_agent.starts import Starts
@@ -350,3 +351,69 @@ async def test_a_restarted_daemon_adopts_what_was_between_turns(bench: Bench) ->
     assert middle is not None
     assert middle.busy  # a third daemon would not adopt it now
     await turn
+
+
+async def test_a_new_instance_takes_a_parked_jail_and_keeps_it(bench: Bench) -> None:
+    parked = await waiting_jail(bench)
+    ana = bench.instance()
+    first = await say(ana, "one")
+    assert (first.reply, first.receipt.resumed_from) == ("one", common_pb2.NEW)
+    assert ana.jail_id == parked
+    record = bench.parts.records.of_key(KEY)
+    assert record is not None
+    assert record.jail_id == parked
+    bench.now[0] += 100.0
+    assert await ana.hibernate_if_idle(bench.now[0])
+    await waiting_jail(bench)
+    again = await say(ana, "two")
+    assert (again.reply, again.receipt.resumed_from) == ("one,two", common_pb2.DISK)
+    assert ana.jail_id == parked, "its directory is there"
+    assert bench.jails.made[-1].zygote, "by the zygote"
+
+
+async def test_a_state_from_elsewhere_is_restored_into_a_parked_jail(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    await ana.evict("moved")
+    bench.control.owned[KEY] = Owned(2, bench.control.owned[KEY].version, bench.control.owned[KEY].root)
+    await waiting_jail(bench)
+    again = bench.instance(epoch=2)
+    reply = await say(again, "two")
+    assert (reply.reply, reply.receipt.resumed_from) == ("one,two", common_pb2.BLOBS)
+    assert "-parked-" in again.jail_id
+
+
+async def test_a_parked_jail_that_is_gone_costs_nothing_but_time(bench: Bench) -> None:
+    await waiting_jail(bench)
+    for jail in list(bench.jails.running.values()):
+        await jail.kill()
+    ana = bench.instance()
+    assert (await say(ana, "one")).reply == "one"
+    assert ana.jail_id == "probe-ana"
+    await bench.parts.starts.reconcile()  # which notices the others that are gone
+    await bench.parts.starts.reconcile()
+    assert await bench.jails.directories() == ["probe-ana"]
+
+
+async def test_a_zygote_that_is_gone_costs_nothing_but_time(bench: Bench) -> None:
+    await waiting_jail(bench)
+    ana = bench.instance()
+    await say(ana, "one")
+    await refused(ana, "fail")
+    bench.jails.zygotes[0].kill = lambda: None  # type: ignore[method-assign,assignment]
+    bench.jails.refusals.append(RoostError(Reason.JAIL_FAILED, "there is no such zygote"))
+    assert (await say(ana, "two")).reply == "one,two"
+    assert not bench.jails.made[-1].zygote
+
+
+async def waiting_jail(bench: Bench) -> str:
+    """Has one jail wait; its id."""
+    before = set(bench.jails.running)
+    list(bench.parts.starts.ways(AGENT, False))
+    async with asyncio.timeout(5.0):
+        while not (new := [j for j in set(bench.jails.running) - before if "-parked-" in j]):
+            await bench.parts.starts.reconcile()
+            await asyncio.sleep(0)  # lets it act: there is no event to wait for in a pass
+        if parking := [t for t in asyncio.all_tasks() if t.get_name().startswith("park")]:
+            await asyncio.wait(parking)
+    return new[0]

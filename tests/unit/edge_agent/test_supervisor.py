@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.instance import Live
+from edge_agent.phases import Live
 from edge_agent.supervisor import Supervisor, jail_id_of
 from edge_agent.turns import Deltas, Turn
 from protos.v1 import common_pb2

@@ -1,0 +1,173 @@
+"""Which way an instance starts, with fake jails. The instance's own part is in test_instance.py."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from edge_agent.control import Agent
+from edge_agent.pool import QUIET
+from edge_agent.reservations import Reservations
+from edge_agent.starts import ZYGOTE_QUIET, Exec, FromZygote, Parked, Starts
+from shared.errors import Reason, RoostError
+from shared.identity import InstanceKey
+from shared.resources import Resources
+from tests.support.fake_jails import FakeAgent, FakeJails
+
+CAPACITY = Resources(1 << 30, 8000, 1000)
+
+
+def agent(start: str = "auto", version: str = "v1") -> Agent:
+    toml = f'[agent]\nname = "probe"\n[run]\nentry = "probe:agent"\nstart = "{start}"\n'
+    return Agent.of(version, toml, "0" * 64)
+
+
+async def ready(agent: FakeAgent) -> None:
+    await agent.send(b'{"kind": "ready"}')
+    await agent.hang()
+
+
+@dataclass
+class Bench:
+    starts: Starts
+    jails: FakeJails
+    reservations: Reservations
+    now: list[float]
+
+    def ways(self, agent: Agent, is_new_here: bool = True) -> list[str]:
+        return [type(way).__name__ for way in self.starts.ways(agent, is_new_here)]
+
+    async def settle(self, passes: int = 3) -> None:
+        for _ in range(passes):
+            await self.starts.reconcile()
+            for _ in range(200):  # what was begun comes to its end, by turns of the loop alone
+                await asyncio.sleep(0)
+            if tasks := [
+                t for t in asyncio.all_tasks() if t.get_name().startswith(("park", "zygote", "end"))
+            ]:
+                await asyncio.wait(tasks, timeout=5.0)
+
+    def parked(self) -> list[str]:
+        return [jail_id for jail_id in self.jails.running if "-parked-" in jail_id]
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    now = [1000.0]
+    jails = FakeJails(tmp_path, ready)
+    reservations = Reservations("edge-1", CAPACITY)
+    starts = Starts(jails, reservations, lambda: now[0])
+    yield Bench(starts, jails, reservations, now)
+    await starts.close()
+    await jails.close()
+
+
+async def test_the_first_user_is_executed_and_the_next_find_more(bench: Bench) -> None:
+    assert bench.ways(agent()) == ["Exec"]
+    await bench.settle()
+    assert bench.ways(agent()) == ["Parked", "FromZygote", "Exec"]
+    assert bench.ways(agent(), is_new_here=False) == ["FromZygote", "Exec"]
+
+
+@pytest.mark.parametrize(
+    ("start", "ways"),
+    [
+        ("exec", ["Exec"]),
+        ("zygote", ["FromZygote", "Exec"]),
+        ("parked", ["Parked", "FromZygote", "Exec"]),
+    ],
+)
+async def test_the_policy_may_want_less(bench: Bench, start: str, ways: list[str]) -> None:
+    bench.ways(agent(start))
+    await bench.settle()
+    assert bench.ways(agent(start)) == ways
+
+
+async def test_a_parked_jail_is_given_away_once(bench: Bench) -> None:
+    for _ in range(4):
+        bench.ways(agent())
+    await bench.settle(6)
+    given = []
+    while isinstance(way := next(iter(bench.starts.ways(agent(), True))), Parked):
+        given.append(way.jail.jail_id)
+    assert len(given) == len(set(given)) == 4
+
+
+async def test_versions_are_not_mixed(bench: Bench) -> None:
+    bench.ways(agent(version="v1"))
+    await bench.settle()
+    assert bench.ways(agent(version="v2")) == ["Exec"]
+    (way, *_) = bench.starts.ways(agent(version="v1"), False)
+    assert isinstance(way, FromZygote)
+    assert way.jail_id == bench.jails.zygotes[0].jail_id
+
+
+async def test_a_parked_jail_that_ended_is_not_given_away(bench: Bench) -> None:
+    bench.ways(agent())
+    await bench.settle()
+    (jail_id,) = bench.parked()
+    bench.jails.running[jail_id].crash()
+    await bench.starts.reconcile()
+    assert bench.ways(agent())[0] == "FromZygote"
+    await bench.settle()
+    assert jail_id not in await bench.jails.directories()
+
+
+async def test_a_zygote_that_ended_comes_again_once(bench: Bench) -> None:
+    bench.ways(agent("zygote"))
+    await bench.settle()
+    bench.jails.zygotes[0].ended = True
+    assert bench.ways(agent("zygote")) == ["Exec"]
+    await bench.settle()
+    assert len(bench.jails.zygotes) == 1, "not at once"
+    bench.now[0] += 6.0
+    await bench.settle()
+    assert bench.ways(agent("zygote")) == ["FromZygote", "Exec"]
+    bench.jails.zygotes[1].ended = True
+    bench.now[0] += 60.0
+    bench.ways(agent("zygote"))
+    await bench.settle()
+    assert len(bench.jails.zygotes) == 2, "it failed twice"
+    assert bench.ways(agent("zygote")) == ["Exec"]
+
+
+async def test_an_agent_that_can_have_no_zygote_is_executed(bench: Bench) -> None:
+    bench.jails.zygote_refusals += [RoostError(Reason.JAIL_FAILED, "threads")] * 2
+    for _ in range(3):
+        assert bench.ways(agent()) == ["Exec"]
+        await bench.settle()
+        bench.now[0] += 6.0
+    assert not bench.jails.zygote_refusals
+    assert not bench.jails.zygotes
+
+
+async def test_nothing_is_parked_where_instances_need_the_room(bench: Bench) -> None:
+    bench.ways(agent())
+    await bench.settle()
+    assert len(bench.parked()) == 1
+    bench.reservations.claim(InstanceKey("t", "probe", "ana"), CAPACITY, bench.now[0])
+    await bench.settle()
+    assert not bench.parked()
+
+
+async def test_all_ends_when_nobody_comes(bench: Bench) -> None:
+    bench.ways(agent())
+    await bench.settle()
+    bench.now[0] += QUIET
+    await bench.settle()
+    assert not bench.parked()
+    assert not bench.jails.zygotes[0].ended
+    bench.now[0] += ZYGOTE_QUIET
+    await bench.settle()
+    assert bench.jails.zygotes[0].ended
+    assert bench.ways(agent()) == ["Exec"]
+
+
+async def test_exec_is_always_the_last_way(bench: Bench) -> None:
+    for start in ("auto", "exec", "zygote", "parked"):
+        *_, last = bench.starts.ways(agent(start), True)
+        assert isinstance(last, Exec)
