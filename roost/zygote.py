@@ -88,12 +88,13 @@ def _fork_spare(node: socket.socket, agent: Agent) -> None:
         request, fds = _receive(node)
         if request is None:
             os._exit(0)
+        os.write(tell, b".")  # taken
         _enter(node, agent, request, fds, tell)
     os.close(tell)
-    taken = os.read(told, 1)
+    if not os.read(told, 1):
+        os._exit(0)  # the node has closed the socket
+    os.read(told, 1)  # or its end: from here on it may be killed together with the jail
     os.close(told)
-    if not taken:
-        os._exit(0)  # the node has closed the socket, or killed the child
 
 
 def _fail(node: socket.socket, why: str) -> NoReturn:
