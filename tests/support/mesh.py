@@ -59,6 +59,11 @@ class Mesh:
     def data_dir(self, node: str) -> Path:
         return self.directory / node
 
+    def used_directories(self, node: str) -> list[str]:
+        """Of jails in whose state there is something: zygotes and jails that wait for a user have nothing."""
+        states = self.data_dir(node).glob("jails/*/state")
+        return [state.parent.name for state in states if any(state.iterdir())]
+
     def occupied(self, node: str) -> bool:
         """Has the node processes other than its own two, zygotes, and jails that wait for a user?"""
         states = [(s.stat().st_uid, any(s.iterdir())) for s in self.data_dir(node).glob("jails/*/state")]
