@@ -149,7 +149,7 @@ async def test_nothing_is_parked_where_instances_need_the_room(bench: Bench) -> 
     bench.ways(agent())
     await bench.settle()
     assert len(bench.parked()) == 1
-    bench.reservations.claim(InstanceKey("t", "probe", "ana"), CAPACITY, bench.now[0])
+    bench.reservations.claim(InstanceKey("t", "probe", "ana"), 1, CAPACITY, bench.now[0])
     await bench.settle()
     assert not bench.parked()
 
