@@ -27,6 +27,7 @@ def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
     """Until SIGTERM or SIGINT. Refused if it can't start."""
     directories = Directories(config)
     seccomp.agent_filter()  # now, so that a machine for which there is none is refused, and forks inherit it
+    seccomp.zygote_filter()
     lock, groups = _take_over(config)
     try:
         trash = directories.prepare()
