@@ -199,7 +199,7 @@ class Instance:
         parts.reservations.claim(self.key, self.epoch, agent.policy.need, parts.clock())
         await parts.state.bundles.ensure(agent.version, agent.bundle_root)
         known = parts.records.get(self.jail_id)
-        lay = await asyncio.to_thread(_index_of, known)
+        lay = await asyncio.to_thread(_index_of, known) if known else None
         for way in parts.starts.ways(agent, is_new_here=known is None):
             began = parts.clock()
             try:

@@ -26,7 +26,8 @@ _LOCK_SECONDS = 5.0
 def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
     """Until SIGTERM or SIGINT. Refused if it can't start."""
     directories = Directories(config)
-    seccomp.agent_filter()  # now, so that a machine for which there is none is refused, and forks inherit it
+    # Now, so that a machine for which there are none is refused, and forks inherit them.
+    seccomp.agent_filter()
     seccomp.zygote_filter()
     lock, groups = _take_over(config)
     try:
