@@ -18,7 +18,7 @@ SYSTEM = roots.System(
     localtime="/usr/share/zoneinfo/UTC",
     resolver="/run/systemd/resolve",
     prefix="/srv/roost/.venv",
-    base_prefix="/root/.pyenv/versions/3.13",
+    base_prefix="/home/dev/python/3.13",
     sources="/srv/roost",
 )
 CONFIG = JailerConfig(Path("/etc/roost/edge.toml"), Path("/var/lib/roost"))
@@ -41,7 +41,7 @@ def test_a_jail_can_be_printed() -> None:
     ]
     assert f"bind a-1/state of /var/lib/roost/jails read-write at {new}/state" in texts
     assert f"bind v1 of /var/lib/roost/bundles read-only at {new}/agent" in texts
-    assert f"bind /root/.pyenv/versions/3.13 read-only at {new}/root/.pyenv/versions/3.13" in texts
+    assert f"bind /home/dev/python/3.13 read-only at {new}/home/dev/python/3.13" in texts
 
 
 def test_a_jail_has_nothing_writable_but_its_state() -> None:
@@ -66,7 +66,7 @@ def test_the_daemon_writes_to_its_own_data_alone() -> None:
     writable = [o.source for o in operations if isinstance(o, plan.Bind) and not o.read_only]
     assert writable == ["/var/lib/roost/daemon", "/var/lib/roost/bundles"]
     sources = [o.source for o in operations if isinstance(o, plan.Bind)]
-    assert {"/srv/roost", "/root/.pyenv/versions/3.13", "/run/systemd/resolve", "/run/systemd/notify"} <= {
+    assert {"/srv/roost", "/home/dev/python/3.13", "/run/systemd/resolve", "/run/systemd/notify"} <= {
         *sources
     }
     assert "/srv/roost/.venv" not in sources, "it comes with /srv/roost"
