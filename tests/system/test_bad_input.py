@@ -188,6 +188,17 @@ async def test_tickets_that_permit_nothing(tmp_path: Path) -> None:
         assert replies[-1].committed.reply == '["one"]'
 
 
+async def test_a_client_that_says_nothing_is_not_waited_for(tmp_path: Path) -> None:
+    async with running_mesh(tmp_path, [NORTH]) as mesh:
+        address = (await mesh.status()).nodes[0].node.address
+        async with rpc.channel(address) as channel, refused(Reason.DEADLINE):
+            call = attach_pb2_grpc.AttachStub(channel).Attach(timeout=30.0)
+            try:
+                await call.read()
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc(error, Reason.NODE_UNREACHABLE, "the node") from error
+
+
 async def test_messages_that_are_too_large(tmp_path: Path) -> None:
     async with running_mesh(tmp_path, [NORTH]) as mesh:
         await mesh.deploy(PROBE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +58,24 @@ async def program(agent: FakeAgent) -> None:
             return
 
 
+class Chunks(ChunkStore):
+    """A disk that can be full."""
+
+    full = False
+
+    def put(self, blob: Blob) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().put(blob)
+
+
 @dataclass
 class Bench:
     parts: Parts
     control: FakeControl
     jails: FakeJails
     blobs: MemoryBlobs
+    chunks: Chunks
     now: list[float]
 
     def instance(self, epoch: int = 1) -> Instance:
@@ -74,7 +88,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     control = FakeControl({KEY: Owned(epoch=1)})
     jails = FakeJails(tmp_path / "jails", program)
     blobs = MemoryBlobs()
-    chunks = ChunkStore(tmp_path / "chunks")
+    chunks = Chunks(tmp_path / "chunks")
     bundles = BundleStore(tmp_path / "bundles", chunks, blobs)
     (tmp_path / "bundles" / AGENT.version).mkdir(parents=True)
     state = StateStore(chunks, blobs, bundles)
@@ -94,7 +108,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         lambda: now[0],
         Starts(jails, reservations, lambda: now[0]),
     )
-    yield Bench(parts, control, jails, blobs, now)
+    yield Bench(parts, control, jails, blobs, chunks, now)
     await jails.close()
     records.close()
 
@@ -220,6 +234,17 @@ async def test_a_node_that_can_not_write_down_a_committed_turn_still_says_it(ben
     assert not bench.jails.running
     bench.parts.records._db.execute("DROP TRIGGER full")
     assert (await say(ana, "three")).reply == "one,two,three"
+
+
+async def test_a_full_disk_fails_the_turn_and_nothing_else(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    bench.chunks.full = True
+    assert await refused(ana, "two", "t2") is Reason.NODE_FAILED
+    assert bench.control.owned[KEY].version == 1
+    assert not bench.jails.running
+    bench.chunks.full = False
+    assert (await say(ana, "two", "t2")).reply == "one,two"
 
 
 async def test_too_many_waiting_turns_are_refused(bench: Bench) -> None:
