@@ -2,8 +2,9 @@
 
 A dataclass field's type says how its value is written:
 `Duration` "30s" (seconds), `Size` "256M" (bytes), `Path`, an Enum by value, `tuple[X, ...]` a list,
-a nested dataclass a table, and `str`, `int`, `float`, `bool` as they are. A field without a default is
-required. A dataclass may check itself in `__post_init__` by raising ValueError.
+a nested dataclass a table, `dict[str, X]` a table of X under names of one's own, and `str`, `int`,
+`float`, `bool` as they are. A field without a default is required. A dataclass may
+check itself in `__post_init__` by raising ValueError.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         items = _typed(value, list, where)
         inner = typing.get_args(kind)[0]
         return tuple(_value(inner, item, f"{where}[{i}]") for i, item in enumerate(items))
+    if typing.get_origin(kind) is dict:
+        inner = typing.get_args(kind)[1]
+        named = _typed(value, dict, where, "a table")
+        return {name: _value(inner, item, f"{where}.{name}") for name, item in named.items()}
     try:
         if kind is Duration:
             return Duration(parse_duration(_typed(value, str, where, 'a duration in quotes, like "30s"')))

@@ -44,6 +44,7 @@ class Reason(StrEnum):
     DEADLINE = auto()
     AGENT_UNKNOWN = auto()
     AGENT_INVALID = auto()
+    AGENT_PREPARE_FAILED = auto()
     AGENT_START_FAILED = auto()
     AGENT_CRASHED = auto()
     AGENT_OUT_OF_MEMORY = auto()
@@ -62,6 +63,7 @@ class Reason(StrEnum):
     NODE_STOPPING = auto()
     NO_ROOM = auto()
     NODE_FAILED = auto()
+    MOVE_GIVEN_UP = auto()
     STORE_UNAVAILABLE = auto()
     COORDINATOR_UNREACHABLE = auto()
     BLOB_MISSING = auto()
@@ -69,7 +71,18 @@ class Reason(StrEnum):
     BLOBS_UNAVAILABLE = auto()
     RESTORE_INCOMPLETE = auto()
     STATE_TOO_LARGE = auto()
+    TENANT_QUOTA = auto()
+    UPLOAD_STALE = auto()
+    STATE_CHANGED = auto()
+    VERSION_GONE = auto()
+    COLLECTING = auto()
     JAIL_FAILED = auto()
+    EFFECT_UNCERTAIN = auto()
+    EFFECT_MISMATCH = auto()
+    EFFECT_LIMIT = auto()
+    TIMER_LIMIT = auto()
+    TURN_CANCELLED = auto()
+    TURN_DEADLINE = auto()
 
 
 _Code = grpc.StatusCode
@@ -82,6 +95,7 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, Remedy]] = {
     Reason.DEADLINE: (_Code.DEADLINE_EXCEEDED, _RETRY),
     Reason.AGENT_UNKNOWN: (_Code.NOT_FOUND, _GIVE_UP),
     Reason.AGENT_INVALID: (_Code.INVALID_ARGUMENT, _GIVE_UP),
+    Reason.AGENT_PREPARE_FAILED: (_Code.FAILED_PRECONDITION, _GIVE_UP),
     Reason.AGENT_START_FAILED: (_Code.FAILED_PRECONDITION, _GIVE_UP),
     Reason.AGENT_CRASHED: (_Code.ABORTED, _GIVE_UP),
     Reason.AGENT_OUT_OF_MEMORY: (_Code.ABORTED, _GIVE_UP),
@@ -100,6 +114,7 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, Remedy]] = {
     Reason.NODE_STOPPING: (_Code.UNAVAILABLE, _RESOLVE),
     Reason.NO_ROOM: (_Code.RESOURCE_EXHAUSTED, _RETRY),
     Reason.NODE_FAILED: (_Code.UNAVAILABLE, _RESOLVE),  # its disk is full or broken
+    Reason.MOVE_GIVEN_UP: (_Code.ABORTED, _RETRY),
     Reason.STORE_UNAVAILABLE: (_Code.UNAVAILABLE, _RETRY),
     Reason.COORDINATOR_UNREACHABLE: (_Code.UNAVAILABLE, _RETRY),
     Reason.BLOB_MISSING: (_Code.NOT_FOUND, _GIVE_UP),
@@ -107,7 +122,18 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, Remedy]] = {
     Reason.BLOBS_UNAVAILABLE: (_Code.UNAVAILABLE, _RETRY),
     Reason.RESTORE_INCOMPLETE: (_Code.DATA_LOSS, _GIVE_UP),
     Reason.STATE_TOO_LARGE: (_Code.OUT_OF_RANGE, _GIVE_UP),
+    Reason.TENANT_QUOTA: (_Code.RESOURCE_EXHAUSTED, _GIVE_UP),
+    Reason.UPLOAD_STALE: (_Code.ABORTED, _GIVE_UP),  # what was put must be looked at again first
+    Reason.STATE_CHANGED: (_Code.ABORTED, _RETRY),
+    Reason.VERSION_GONE: (_Code.NOT_FOUND, _GIVE_UP),
+    Reason.COLLECTING: (_Code.UNAVAILABLE, _RETRY),
     Reason.JAIL_FAILED: (_Code.INTERNAL, _RESOLVE),
+    Reason.EFFECT_UNCERTAIN: (_Code.FAILED_PRECONDITION, _GIVE_UP),  # a person has to say what happened
+    Reason.EFFECT_MISMATCH: (_Code.FAILED_PRECONDITION, _GIVE_UP),
+    Reason.EFFECT_LIMIT: (_Code.RESOURCE_EXHAUSTED, _GIVE_UP),
+    Reason.TIMER_LIMIT: (_Code.RESOURCE_EXHAUSTED, _GIVE_UP),
+    Reason.TURN_CANCELLED: (_Code.CANCELLED, _GIVE_UP),
+    Reason.TURN_DEADLINE: (_Code.DEADLINE_EXCEEDED, _GIVE_UP),
 }
 
 

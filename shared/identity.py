@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
@@ -12,16 +13,10 @@ from google.protobuf.message import DecodeError
 
 from protos.v1 import common_pb2, resolver_pb2
 from shared.errors import Reason, RoostError
+from shared.names import NAME_RULE, is_name
 
-NAME_RULE = "use 1 to 63 of a-z, 0-9 and -, starting with a letter or digit"
 USER_RULE = "use 1 to 128 of letters, digits and . _ @ + -, starting with a letter or digit"
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}")
-
-
-def is_name(text: str) -> bool:
-    """May `text` name a tenant, an agent, a node or a site?"""
-    return _NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -91,7 +86,7 @@ def verify_ticket(signed: bytes, keys: Sequence[Ed25519PublicKey], node: str, no
         payload = resolver_pb2.Ticket.FromString(envelope.ticket)
     except DecodeError as error:
         raise _invalid() from error
-    if not any(_verifies(key, envelope) for key in keys):
+    if not is_signed(envelope.ticket, envelope.signature, keys):
         raise _invalid()
     ticket = Ticket(
         InstanceKey.from_proto(payload.key),
@@ -115,12 +110,13 @@ def verify_ticket(signed: bytes, keys: Sequence[Ed25519PublicKey], node: str, no
     return ticket
 
 
-def _verifies(key: Ed25519PublicKey, envelope: resolver_pb2.SignedTicket) -> bool:
-    try:
-        key.verify(envelope.signature, envelope.ticket)
-    except InvalidSignature:
-        return False
-    return True
+def is_signed(what: bytes, signature: bytes, keys: Sequence[Ed25519PublicKey]) -> bool:
+    """By one of `keys`."""
+    for key in keys:
+        with suppress(InvalidSignature):
+            key.verify(signature, what)
+            return True
+    return False
 
 
 def _invalid() -> RoostError:

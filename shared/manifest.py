@@ -18,7 +18,8 @@ from typing import Any, TypeVar, assert_never
 from shared.content import MAX_BLOB, chunks_of_bytes, hash_of, is_hash
 from shared.errors import Reason, RoostError
 
-FORMAT = 1
+FORMAT = 2  # of an instance's state; 1, which did not know of its parent, is still read
+TREE_FORMAT = 1
 MAX_NODES = 100_000
 MAX_DEPTH = 64
 MAX_FILE = 1 << 44  # bytes
@@ -26,6 +27,7 @@ MAX_TIME = (1 << 63) - 1  # ns before or after 1970
 MAX_TURNS = 128  # turns whose ids are kept
 MAX_REPLIES = 256 << 10  # bytes of kept replies together; the newest is kept whatever its size
 MAX_TURN_ID = 256  # characters
+MAX_NOTE = 512  # characters
 RESERVED_NAME = ".roost-tmp-"  # no name begins so: it marks unfinished writes
 
 _INLINE = 32 << 10  # bytes; a larger encoding is cut up, so that two versions share what is equal
@@ -72,13 +74,27 @@ class TurnRecord:
 
 @dataclass(frozen=True, slots=True)
 class StateManifest:
-    """One version of one instance's state, with the turns that made it, oldest first."""
+    """One version of one instance's state, with the turns that made it, oldest first.
+
+    `parent` is the root of the version that this one was made from; empty: the first, or not known. When and
+    where it was made (milliseconds since 1970; a node, or a note of what else made it) is for people: nothing
+    is decided by it.
+    """
 
     key: str  # tenant/agent/user
     epoch: int
     version: int
     nodes: tuple[Node, ...] = ()  # sorted by path, parents before children
     turns: tuple[TurnRecord, ...] = ()
+    parent: str = ""
+    made_ms: int = 0
+    node: str = ""
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(node.size for node in self.nodes if isinstance(node, FileNode))
 
     def turn(self, turn_id: str) -> TurnRecord | None:
         """The record of this turn, if it was applied and is among those kept."""
@@ -223,6 +239,10 @@ def _from_state(manifest: StateManifest) -> dict[str, Any]:
         "version": manifest.version,
         "nodes": [_from_node(node) for node in manifest.nodes],
         "turns": [[turn.id, turn.reply] for turn in manifest.turns],
+        "parent": manifest.parent,
+        "made_ms": manifest.made_ms,
+        "node": manifest.node,
+        "note": manifest.note,
     }
 
 
@@ -237,24 +257,44 @@ def _to_state(document: Any) -> StateManifest:
             "turns": [*turns],
             **others,
         }:
-            _require(not others and form == FORMAT, f"not of format {FORMAT}")
+            _require(form in (1, FORMAT), f"not of format {FORMAT}")
             _require(len(key) <= 512, "its key is too long")
             _require(
                 _is_number(epoch, 0, 1 << 64) and _is_number(version, 0, 1 << 64), "bad epoch or version"
             )
             _require(len(turns) <= MAX_TURNS, "too many turns")
-            return StateManifest(key, epoch, version, _to_nodes(nodes), tuple(map(_to_turn, turns)))
+            origin = _to_origin(others, form)
+            return StateManifest(key, epoch, version, _to_nodes(nodes), tuple(map(_to_turn, turns)), *origin)
         case _:
             raise ValueError("no manifest of an instance's state")
 
 
+def _to_origin(document: dict[Any, Any], form: int) -> tuple[str, int, str, str]:
+    match document:
+        case {} if form == 1 and not document:
+            return "", 0, "", ""
+        case {
+            "parent": str(parent),
+            "made_ms": int(made_ms),
+            "node": str(node),
+            "note": str(note),
+            **others,
+        } if form == FORMAT and not others:
+            _require(not parent or is_hash(parent), "its parent's name is no hash")
+            _require(_is_number(made_ms, 0, 1 << 63), "its time is out of range")
+            _require(len(node) <= MAX_NOTE and len(note) <= MAX_NOTE, "its node or note is too long")
+            return parent, made_ms, node, note
+        case _:
+            raise ValueError(f"not of format {FORMAT}")
+
+
 def _from_tree(nodes: Sequence[Node]) -> dict[str, Any]:
-    return {"format": FORMAT, "nodes": [_from_node(node) for node in nodes]}
+    return {"format": TREE_FORMAT, "nodes": [_from_node(node) for node in nodes]}
 
 
 def _to_tree(document: Any) -> tuple[Node, ...]:
     match document:
-        case {"format": int(form), "nodes": [*nodes], **others} if not others and form == FORMAT:
+        case {"format": int(form), "nodes": [*nodes], **others} if not others and form == TREE_FORMAT:
             return _to_nodes(nodes)
         case _:
             raise ValueError("no manifest of a tree")
