@@ -7,11 +7,12 @@ disk outlives its process, so that an instance resumes where it slept without mo
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_agent.state.files import Files
-from shared.resources import Resources
+from shared.resources import Disk, Resources
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class JailSpec:
     env: dict[str, str] = field(default_factory=dict)
     limits: Resources = field(default_factory=Resources)
     zygote: str = ""  # id of the one that `start` forks the agent from; empty: it executes argv
+    disk: Disk = field(default_factory=Disk)
+    packages: str = ""  # id of a jail that has ended: its /state is shown, read-only, at /packages
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Exit:
     code: int  # exit code, or -signal
     out_of_memory: bool  # the kernel killed it for exceeding its memory limit
     stderr_tail: str = ""  # the last of what it wrote to standard error, at most 4 KiB
+    disk_full: bool = False  # it was ended for what it had in /state
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Usage:
     memory_bytes: int
     cpu_seconds: float
     pids: int
+    oom_kills: int = 0  # its processes that the kernel killed for its memory limit
 
 
 class JailGone(Exception):
@@ -55,6 +60,11 @@ class Jail(Protocol):
 
     @property
     def jail_id(self) -> str: ...
+
+    @property
+    def limits(self) -> Resources:
+        """What it may use now."""
+        ...
 
     @property
     def files(self) -> Files:
@@ -78,6 +88,16 @@ class Jail(Protocol):
         """The agent's next message. RoostError AGENT_CRASHED for garbage or an oversized one."""
         ...
 
+    async def listen(self, port: int) -> socket.socket:
+        """A listening socket of 127.0.0.1:port in the jail's network, non-blocking: who connects to it is the
+        jail's agent. Can be asked for before `start`, so that the agent can't take the port first."""
+        ...
+
+    async def connect(self, port: int) -> socket.socket:
+        """Connected to 127.0.0.1:port in the jail's network, non-blocking. ConnectionRefusedError if nobody
+        listens there, TimeoutError if whoever does took too long."""
+        ...
+
     async def freeze(self) -> None:
         """Stops all of the agent's processes; returns when they have stopped. Init goes on."""
         ...
@@ -86,8 +106,39 @@ class Jail(Protocol):
 
     async def usage(self) -> Usage: ...
 
+    async def resize(self, limits: Resources) -> None:
+        """Other limits for what runs. JAIL_FAILED, and nothing has changed, if its memory can't be brought
+        below the new limit at once: nothing is killed for it."""
+        ...
+
     async def kill(self) -> Exit:
         """Ends every process of the jail and removes all that it had but its directory. Idempotent."""
+        ...
+
+
+class TaskJail(Protocol):
+    """A jail of a program that is no agent. It has no directory: its files, its working directory, are in
+    memory, within its limit. It ends with the daemon. Methods raise as those of `Jail`."""
+
+    @property
+    def jail_id(self) -> str: ...
+
+    @property
+    def files(self) -> Files:
+        """Also when the program has ended, until `kill`."""
+        ...
+
+    async def begin(self) -> tuple[int, int]:
+        """Runs the program. The ends of its standard output and error, which the caller closes."""
+        ...
+
+    async def wait(self, timeout: float) -> int | None:
+        """The program's exit code, or -signal; by then all that it started was killed. None: it did not end
+        in `timeout` seconds."""
+        ...
+
+    async def kill(self) -> Exit:
+        """Ends and removes all of it. Idempotent. `out_of_memory`: the kernel killed one of its processes."""
         ...
 
 
@@ -116,6 +167,10 @@ class Jails(Protocol):
 
     async def make(self, spec: JailSpec) -> Jail:
         """A jail with its walls up and its directory in place; nothing of the agent runs yet."""
+        ...
+
+    async def task(self, spec: JailSpec) -> TaskJail:
+        """As `make`, for a program that is no agent: the first of its argv may be a name without a slash."""
         ...
 
     async def adopt(self) -> list[Jail]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import gc
 import logging
 import os
 import time
 
-from edge_agent.jail import cgroups, seccomp
+from edge_agent.jail import cgroups, seccomp, spawn, spawn_shell, spawn_zygote
 from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.daemon_process import DaemonStarterAsRoot
@@ -17,10 +16,16 @@ from edge_agent.jail.jailer import Jailer
 from edge_agent.jail.loop import Loop
 from edge_agent.jail.protocol import Refused
 from edge_agent.jail.roots import System
+from edge_agent.jail.wright import Job, Tools, Wright
 
 log = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 5.0
+_JOBS: dict[bytes, Job] = {
+    spawn.MAKE_INIT: spawn.make_init,
+    spawn_shell.MAKE_SHELL: spawn_shell.make_shell,
+    spawn_zygote.MAKE_ZYGOTE: spawn_zygote.make_zygote,
+}
 
 
 def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
@@ -34,15 +39,28 @@ def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
         trash = directories.prepare()
     except OSError as error:
         raise Refused(f"the node can't prepare its directories: {error}") from error
+    _tell_limits(groups, directories)
     system = System.survey()
     starter = DaemonStarterAsRoot(config, system, daemon_argv)
-    jailer = Jailer(config, system, groups, directories, starter, Loop())
-    gc.freeze()  # less memory to copy in each fork
+    loop = Loop()
+    wright = Wright(Tools(config, system, groups, os.getpid()), _JOBS, loop.on_child)
+    jailer = Jailer(config, wright, groups, directories, starter, loop)
     try:
         jailer.run(trash)
     finally:
+        wright.close()
         groups.close()
         os.close(lock)
+
+
+def _tell_limits(groups: Cgroups, directories: Directories) -> None:
+    """What this machine can't do should not be found out when it is needed."""
+    if directories.quota is not None:
+        log.info("the size of /state is limited by the kernel: user quotas")
+    else:
+        log.info("the size of /state is measured, not limited: data_dir's file system has no user quotas")
+    if not groups.limits_io:
+        log.info("disk_read and disk_write are not in force: no such control group, or no single disk")
 
 
 def clean(config: JailerConfig) -> None:

@@ -7,9 +7,15 @@ import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from edge_agent.jail.loop import Timer
 from edge_agent.jail.protocol import Ended, Make, Way
 from edge_agent.jail.spawn import Spawned
 from edge_agent.jail.wire import Closed, Wire, close_all, pair
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A shell: it is no jail yet, and its id is not one that a jail can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +39,13 @@ class Dying:
     failure: dict[str, str] | None = None
 
 
-Phase = Making | Running | Dying
+Phase = Waiting | Making | Running | Dying
 
 
 @dataclass(slots=True)
 class Cell:
-    """`code` and `stderr_tail` are what init has said of the agent's end. `killers`: requests that wait
-    until nothing is left."""
+    """`request` of a shell stands for all that it fits, and its `slot` for none. `code` and `stderr_tail` are
+    what init has said of the agent's end. `killers`: requests that wait until nothing is left."""
 
     jail_id: str
     request: Make
@@ -49,9 +55,14 @@ class Cell:
     owner: str = ""  # the zygote that it is to be forked from; empty: none
     code: int = -signal.SIGKILL
     stderr_tail: str = ""
+    disk_full: bool = False
+    measuring: float | None = None  # since when, monotonic; None: init was not asked, or has answered
+    measure_after: float = 0.0  # monotonic
+    cpu_seconds: float = 0.0  # when /state was measured last
     killers: list[int] = field(default_factory=list)
     was_killed: bool = False
     reaped: bool = False
+    patience: Timer | None = None  # of whoever waits for it to be made
     pid: int = 0  # of init, which is the builder's until it is born, or of the zygote
     for_fork: tuple[int, ...] = ()  # given to the zygote once
 
@@ -77,16 +88,38 @@ class Cell:
     def is_zygote(self) -> bool:
         return self.request.way is Way.ZYGOTE
 
+    @property
+    def is_task(self) -> bool:
+        return self.request.way is Way.TASK
+
+    @property
+    def is_daemons(self) -> bool:
+        """Does it end with the daemon that asked for it?"""
+        return self.is_zygote or self.is_task
+
+    @property
+    def born(self) -> bool:
+        """Of one to be forked into: is its init known?"""
+        return self.pid != self.init.pid
+
     def kill(self) -> None:
         with suppress(ProcessLookupError):  # a builder that has ended, and its init was not heard of
             os.kill(self.pid, signal.SIGKILL)
 
     def ended(self, oom_kills: int) -> Ended:
-        killed = self.code == -signal.SIGKILL
-        return Ended(self.code, killed and oom_kills > 0 and not self.was_killed, self.stderr_tail)
+        """An agent that fails after a child was killed for memory has run out of it, too. Init outlives a
+        a task's program, so a task is always killed in the end."""
+        out_of_memory = oom_kills > 0 and (self.is_task or (self.code != 0 and not self.was_killed))
+        disk_full = self.disk_full and not self.was_killed
+        return Ended(self.code, out_of_memory and not disk_full, self.stderr_tail, disk_full)
+
+    def calm(self) -> None:
+        """Nobody waits for it to be made any more."""
+        if self.patience is not None:
+            self.patience.cancel()
+            self.patience = None
 
     def close(self) -> None:
-        self.supervisor.close()
-        self.init.turn.close()
-        self.init.progress.close()
+        self.calm()
+        self.init.close()
         close_all(self.for_fork)

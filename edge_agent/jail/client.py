@@ -10,13 +10,15 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
 
 from edge_agent.jail import protocol
-from edge_agent.jail.api import Exit, Jail, JailGone, JailSpec, Usage, Zygote
+from edge_agent.jail.api import Exit, Jail, JailGone, JailSpec, TaskJail, Usage, Zygote
 from edge_agent.jail.calls import Answer, CallFailed, Calls, CallsEnded
 from edge_agent.jail.protocol import Way
 from edge_agent.jail.remote_files import RemoteFiles
+from edge_agent.jail.remote_network import RemoteNetwork
 from edge_agent.jail.turns import TurnsEnded, TurnSocket
 from edge_agent.jail.wire import Body
 from shared.errors import Reason, RoostError
+from shared.resources import Resources
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ T = TypeVar("T")
 
 def make_request(spec: JailSpec, way: Way | None = None) -> protocol.Make:
     """RoostError JAIL_FAILED for a name or a limit that no jail may have."""
-    limits = spec.limits
+    limits, disk = spec.limits, spec.disk
     way = way or (Way.FORK if spec.zygote else Way.EXEC)
     try:
         return protocol.Make(
@@ -41,9 +43,18 @@ def make_request(spec: JailSpec, way: Way | None = None) -> protocol.Make:
             spec.bundle,
             spec.argv,
             tuple(f"{name}={value}" for name, value in spec.env.items()),
-            protocol.Limits(limits.memory_bytes, limits.cpu_millis, limits.pids),
+            protocol.Limits(
+                limits.memory_bytes,
+                limits.cpu_millis,
+                limits.pids,
+                disk.state_bytes,
+                disk.read_bps,
+                disk.write_bps,
+            ),
             way,
             spec.zygote,
+            tuple(name for name, _ in limits.devices),
+            spec.packages,
         )
     except ValueError as error:
         raise RoostError(Reason.JAIL_FAILED, f"jail {spec.jail_id}: {error}") from error
@@ -52,7 +63,16 @@ def make_request(spec: JailSpec, way: Way | None = None) -> protocol.Make:
 class JailedAgent:
     """See `Jail`. Made by `JailerClient` alone."""
 
-    def __init__(self, jails: JailerClient, jail_id: str, forked: bool, control: int, turns: int) -> None:
+    def __init__(
+        self,
+        jails: JailerClient,
+        jail_id: str,
+        forked: bool,
+        limits: Resources,
+        control: int,
+        turns: int,
+    ) -> None:
+        self.limits = limits
         self._jails = jails
         self._jail_id = jail_id
         self._forked = forked
@@ -60,6 +80,7 @@ class JailedAgent:
         self._turns = TurnSocket(socket.socket(fileno=turns))
         self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self._files = RemoteFiles(self._ask_init)
+        self._network = RemoteNetwork(self._ask_init)
 
     def __repr__(self) -> str:
         ended = self._exit.result() if self._exit.done() else "running"
@@ -99,6 +120,12 @@ class JailedAgent:
     async def receive(self) -> bytes:
         return await self._or_gone(self._turns.receive())
 
+    async def listen(self, port: int) -> socket.socket:
+        return await self._network.listen(port)
+
+    async def connect(self, port: int) -> socket.socket:
+        return await self._network.connect(port)
+
     async def freeze(self) -> None:
         await self._ask_jailer(protocol.Freeze(self._jail_id))
 
@@ -108,6 +135,15 @@ class JailedAgent:
     async def usage(self) -> Usage:
         answer = await self._ask_jailer(protocol.Measure(self._jail_id))
         return Usage(**answer.values)
+
+    async def resize(self, limits: Resources) -> None:
+        sizes = (limits.memory_bytes, limits.cpu_millis, limits.pids)
+        try:
+            request = protocol.Resize(self._jail_id, *sizes)
+        except ValueError as error:
+            raise RoostError(Reason.JAIL_FAILED, f"jail {self._jail_id}: {error}") from error
+        await self._ask_jailer(request)
+        self.limits = limits
 
     async def kill(self) -> Exit:
         with suppress(JailGone):
@@ -163,6 +199,27 @@ class JailedAgent:
         raise JailGone(exit) from None
 
 
+class JailedTask(JailedAgent):
+    """See `TaskJail`."""
+
+    async def begin(self) -> tuple[int, int]:
+        try:
+            answer = await self._ask_init({"do": "start"}, _SECONDS)
+        except CallFailed as failed:
+            raise RoostError(Reason.JAIL_FAILED, failed.message, failed.hint) from None
+        output, errors = answer.fds
+        return output, errors
+
+    async def wait(self, timeout: float) -> int | None:
+        try:
+            answer = await self._control.ask({"do": "wait"}, timeout)
+        except TimeoutError:
+            return None
+        except CallsEnded:
+            await self._raise_gone(f"the init of jail {self._jail_id} closed its socket")
+        return int(answer.values["code"])
+
+
 class JailedZygote:
     """See `Zygote`."""
 
@@ -203,6 +260,11 @@ class JailerClient:
 
     async def make(self, spec: JailSpec) -> JailedAgent:
         return await self._obtain(make_request(spec), _MAKE_SECONDS)
+
+    async def task(self, spec: JailSpec) -> TaskJail:
+        task = await self._obtain(make_request(spec, Way.TASK), _MAKE_SECONDS)
+        assert isinstance(task, JailedTask)
+        return task
 
     async def zygote(self, spec: JailSpec) -> Zygote:
         zygote = self._zygotes[spec.jail_id] = JailedZygote(self, spec.jail_id)
@@ -269,8 +331,11 @@ class JailerClient:
                     raise
         finally:
             exit = self._awaited.pop(jail_id)
-        forked = isinstance(request, protocol.Make) and request.way is Way.FORK
-        jail = self._running[jail_id] = JailedAgent(self, jail_id, forked, *answer.fds)
+        way = request.way if isinstance(request, protocol.Make) else Way.EXEC
+        kind = JailedTask if way is Way.TASK else JailedAgent
+        devices = tuple((name, 1) for name in answer.values.pop("devices"))
+        limits = Resources(**answer.values, devices=devices)
+        jail = self._running[jail_id] = kind(self, jail_id, way is Way.FORK, limits, *answer.fds)
         if exit is not None:
             jail.set_ended(exit)
         return jail
@@ -279,7 +344,7 @@ class JailerClient:
         if body.get("event") != "exited":
             return
         jail_id = body["jail_id"]
-        exit = Exit(body["code"], body["out_of_memory"], body["stderr_tail"])
+        exit = Exit(body["code"], body["out_of_memory"], body["stderr_tail"], body["disk_full"])
         if jail_id in self._running:
             self._running[jail_id].set_ended(exit)
         elif zygote := self._zygotes.pop(jail_id, None):

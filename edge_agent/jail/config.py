@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pwd
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_agent.config import EdgeConfig
@@ -21,6 +21,9 @@ class JailerConfig:
     daemon_gid: int = _NOBODYS
     uid_base: int = 2_000_000_000
     stop_grace: float = 20.0  # seconds that the daemon has after SIGTERM
+    devices: dict[str, tuple[str, ...]] = field(default_factory=dict)  # paths by name
+    credentials_dir: Path | None = None  # copied into the daemon's root, as is ca_file
+    ca_file: Path | None = None
 
     @property
     def jails_dir(self) -> Path:
@@ -67,4 +70,7 @@ def jailer_config(edge: EdgeConfig, config_file: Path) -> JailerConfig:
         daemon_gid=gid,
         uid_base=edge.jailer.uid_base,
         stop_grace=edge.jailer.stop_grace,
+        devices={name: device.paths for name, device in edge.devices.items()},
+        credentials_dir=edge.egress.credentials_dir,
+        ca_file=edge.egress.ca_file,
     )

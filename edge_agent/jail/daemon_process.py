@@ -12,14 +12,22 @@ from typing import NoReturn, Protocol
 
 from edge_agent.jail import kernel, roots
 from edge_agent.jail.config import JailerConfig
-from edge_agent.jail.plan import Do, carry_out
+from edge_agent.jail.operations import Do, carry_out
 from edge_agent.jail.protocol import Refused
 from edge_agent.jail.wire import Wire, pair
 
 log = logging.getLogger(__name__)
 
 FD_VARIABLE = "ROOST_JAILER_FD"
-_PASSED_ON = ("LANG", "LC_ALL", "TZ", "NOTIFY_SOCKET", "PYTHONUNBUFFERED", "PYTHONFAULTHANDLER")
+_PASSED_ON = (
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "NOTIFY_SOCKET",
+    "PYTHONUNBUFFERED",
+    "PYTHONFAULTHANDLER",
+    "ROOST_FAILPOINTS",
+)
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from edge_agent.jail.config import MAX_SLOTS, JailerConfig
 from edge_agent.jail.protocol import Refused
+from edge_agent.jail.quota import KernelQuota, kernel_quota
 
 _TRASH = ".trash-"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -66,6 +67,7 @@ class Directories:
         self._slots = Slots(MAX_SLOTS)
         self._slot_of: dict[str, int] = {}
         self._trashed = 0
+        self.quota: KernelQuota | None = None
 
     def prepare(self) -> list[Path]:
         """Makes what is missing, learns what is there, and returns what a predecessor had begun to remove."""
@@ -93,7 +95,11 @@ class Directories:
                 trash.append(path)
             elif slot is not None:
                 self._slot_of[name] = slot
+        self.quota = kernel_quota(self._jails)
         return trash
+
+    def path_of(self, jail_id: str) -> Path:
+        return self._jails / jail_id
 
     def ensure(self, jail_id: str) -> int:
         """The slot of the jail, whose directory is made if it is not there."""
@@ -114,6 +120,18 @@ class Directories:
         os.chown(path / "state", self._config.agent_uid(slot), self._config.agent_uid(slot))
         self._slot_of[jail_id] = slot
         return slot
+
+    def lend(self) -> int:
+        """A slot for a jail that leaves no files, until it is given back."""
+        return self._slots.take()
+
+    def give_back(self, slot: int) -> None:
+        self._slots.release(slot)
+
+    def limit(self, slot: int, most_bytes: int) -> None:
+        """What the jail's agent may have on the disk, where the kernel enforces it."""
+        if self.quota is not None:
+            self.quota.limit(self._config.agent_uid(slot), most_bytes)
 
     def listing(self, after: str, count: int) -> list[str]:
         names = (n for n in os.listdir(self._jails) if not n.startswith(_TRASH) and n > after)

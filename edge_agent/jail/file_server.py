@@ -14,8 +14,8 @@ Answer = tuple[Body, tuple[int, ...]]
 
 
 class FileServer:
-    """Answers requests on one tree. Every request gets one answer with "ok" or "error"; `scan` sends its
-    entries before that, in "part"s."""
+    """Answers requests on one tree. Every request gets one answer with "ok" or "error"; `scan` and
+    `changed` send their entries before that, in "part"s."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
@@ -23,6 +23,10 @@ class FileServer:
     def forget_writes(self) -> None:
         """Drops unfinished writes: whoever began them is gone."""
         self._tree.close()
+
+    def taken(self, most_bytes: int, most_entries: int) -> int:
+        """See `Tree.taken`."""
+        return self._tree.taken(most_bytes, most_entries)
 
     def answer(self, request: Body) -> Iterator[Answer]:
         try:
@@ -46,6 +50,12 @@ class FileServer:
                 for page in entries.pages(tree.scan()):
                     yield {"part": page}, ()
                 yield _ok()
+            case "changed":
+                found = tree.scan()
+                for page in entries.pages(found):
+                    yield {"part": page}, ()
+                opened = tree.open_changed(found, request["since_ns"])
+                yield {"ok": {"opened": list(opened)}}, tuple(opened.values())
             case "open_read":
                 yield {"ok": {}}, (tree.open_read(request["path"]),)
             case "open_write":

@@ -1,12 +1,17 @@
 """A jail's init: pid 1 of its pid namespace, root of its user namespace and nobody outside.
 
-It is forked from the jailer and never executes anything itself. It serves the jail's files, starts the
+It is forked from the wright and never executes anything itself. It serves the jail's files, starts the
 agent, reaps orphans, and ends when the agent's process ends or the jailer does; the kernel then ends all that
 is left in the namespace. Two sockets: `supervisor` to the jailer, for life; `control` to the daemon, which is
 replaced when a new daemon adopts the jail.
 
-    jailer -> init  {"do": "control"} with a socket; {"do": "agent ended", "code"} of one that a zygote forked
-    init -> jailer  {"step": ...} while it is made (see `spawn`), then {"ended": code, "stderr_tail": ...}
+The init of a task, a program that is no agent, hands out the ends of its output, and outlives it so that its
+files can be read: it says how the program ended to whoever asks it to "wait".
+
+    jailer -> init  {"do": "control"} with a socket; {"do": "measure"} what is in /state;
+                    {"do": "agent ended", "code"} of one that a zygote forked
+    init -> jailer  {"step": ...} while it is made (see `spawn`); {"measured": true} if that is not too much;
+                    in the end {"ended": code, "stderr_tail": ..., "disk_full": bool}
 """
 
 from __future__ import annotations
@@ -17,40 +22,50 @@ import signal
 import socket
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import NoReturn
 
+from edge_agent.jail import network, quota
 from edge_agent.jail.agent_process import Descriptors, start_agent
 from edge_agent.jail.file_server import FileServer
 from edge_agent.jail.output import Output, to_stderr
-from edge_agent.jail.protocol import Make, Refused
-from edge_agent.jail.wire import Body, Closed, Garbage, Wire
-from edge_agent.state.tree import Tree
+from edge_agent.jail.protocol import AGENT_ID, Make, Refused, Way
+from edge_agent.jail.wire import Body, Closed, Garbage, Wire, close_all
+from edge_agent.state.tree import Tree, TreeTooLarge
 
 _LAST_WORDS_SECONDS = 2.0
 
 
-class Init:
-    """`turn` and `cgroups` are descriptors for the agent, which are closed here once it runs. Without `turn`
-    a zygote will fork the agent, and the jailer say when it ends."""
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What to execute. `turn` and `cgroups` are descriptors for the agent, closed here once it runs."""
 
-    def __init__(
-        self,
-        request: Make,
-        supervisor: Wire,
-        turn: int | None,
-        cgroups: tuple[int, ...],
-        owner: tuple[int, int],
-    ) -> None:
-        self._request = request
+    request: Make
+    turn: int
+    cgroups: tuple[int, ...]
+
+
+class Init:
+    """Without `program` a zygote will fork the agent, and the jailer say when it ends. `disk_bytes`: as much
+    may be in /state."""
+
+    def __init__(self, jail_id: str, disk_bytes: int, supervisor: Wire, program: Program | None) -> None:
+        self._jail_id = jail_id
+        self._disk_bytes = disk_bytes
         self._supervisor = supervisor
         self._control: Wire | None = None
-        self._turn = turn
-        self._cgroups = cgroups
+        self._program = program
         root = os.open("/state", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._files = FileServer(Tree(root, owner))
+        self._files = FileServer(Tree(root, (AGENT_ID, AGENT_ID)))
         self._agent: int | None = None
         self._output: Output | None = None
+        self._task_code: int | None = None  # how a task has ended
+        self._waiting: list[int] = []  # ids of requests that wait for that
         self._selector = selectors.DefaultSelector()
+
+    @property
+    def _is_task(self) -> bool:
+        return self._program is not None and self._program.request.way is Way.TASK
 
     def serve(self) -> NoReturn:
         """Until the agent or the jailer ends."""
@@ -80,6 +95,8 @@ class Init:
         for frame in frames:
             if frame.body.get("do") == "agent ended":
                 self._end(int(frame.body["code"]))
+            if frame.body.get("do") == "measure":
+                self._measure()
             if frame.body.get("do") == "control" and len(frame.fds) == 1:
                 self._drop_control()
                 self._control = Wire(socket.socket(fileno=frame.fds[0]))
@@ -107,37 +124,64 @@ class Init:
             self._drop_control()
 
     def _answer(self, control: Wire, request: Body) -> None:
+        if request.get("do") in network.REQUESTS:
+            body, fds = network.answer(request)
+            control.send({"id": request.get("id"), **body}, fds)
+            return
+        if request.get("do") == "wait":
+            self._waiting.append(request["id"])
+            self._tell_waiting()
+            return
         if request.get("do") != "start":
             for body, fds in self._files.answer(request):
                 control.send({"id": request.get("id"), **body}, fds)
             return
         try:
-            self._start()
-            control.send({"id": request.get("id"), "ok": {}})
+            control.send({"id": request.get("id"), "ok": {}}, self._start())
         except Refused as refused:
             control.send({"id": request.get("id"), "error": {"kind": "failed", **refused.body()}})
 
-    def _start(self) -> None:
+    def _start(self) -> tuple[int, ...]:
+        """What the daemon gets: the ends of a task's standard output and error."""
         if self._agent is not None:
             raise Refused("the agent of this jail was started already")
-        if self._turn is None:
+        if self._program is None:
             raise Refused("the agent of this jail is forked by a zygote")
+        if self._is_task:
+            return self._start_task(self._program)
+        request, turn, cgroups = self._program.request, self._program.turn, self._program.cgroups
         readable, writable = os.pipe2(os.O_CLOEXEC)
         try:
-            self._agent = start_agent(self._request, Descriptors(self._turn, self._cgroups, writable))
+            self._agent = start_agent(request, Descriptors(turn, cgroups, writable, writable))
         except BaseException:
             os.close(readable)
             raise
         finally:
             os.close(writable)
         # The last copy outside of the agent: from now on its end is the socket's end.
-        for fd in (self._turn, *self._cgroups):
+        for fd in (turn, *cgroups):
             os.close(fd)
         self.read_output(readable)
+        return ()
+
+    def _start_task(self, program: Program) -> tuple[int, ...]:
+        output, errors = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+        try:
+            for _, writable in (output, errors):
+                os.fchown(writable, AGENT_ID, AGENT_ID)  # so that it can open /dev/stdout
+            self._agent = start_agent(
+                program.request, Descriptors(None, program.cgroups, output[1], errors[1])
+            )
+        except BaseException:
+            close_all((output[0], errors[0]))
+            raise
+        finally:
+            close_all((output[1], errors[1]))
+        return output[0], errors[0]
 
     def read_output(self, fd: int) -> None:
         """`fd`: the end of a pipe, of which the agent has the other."""
-        self._output = Output(fd, self._request.jail_id, to_stderr)
+        self._output = Output(fd, self._jail_id, to_stderr)
         self._selector.register(fd, selectors.EVENT_READ, self._read_output)
 
     def _read_output(self) -> None:
@@ -155,15 +199,44 @@ class Init:
             if pid == 0:
                 return
             if pid == self._agent:
-                self._end(os.waitstatus_to_exitcode(status))
+                code = os.waitstatus_to_exitcode(status)
+                if not self._is_task:
+                    self._end(code)
+                self._task_ended(code)
 
-    def _end(self, code: int) -> NoReturn:
+    def _task_ended(self, code: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)  # whatever it left behind in this pid namespace
+        self._task_code = code
+        with suppress(Closed):
+            self._supervisor.send({"ended": code, "stderr_tail": ""})
+            self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        while self._task_code is not None and self._control is not None and self._waiting:
+            self._control.send({"id": self._waiting.pop(), "ok": {"code": self._task_code}})
+
+    def _measure(self) -> None:
+        """Ends the jail if there is more in /state than it may have."""
+        most = quota.most_taken(self._disk_bytes)
+        try:
+            over = self._files.taken(most, quota.MAX_FILES) > most
+        except TreeTooLarge:
+            over = True
+        except OSError:
+            over = False  # the disk fails, or descriptors are short: the next time tells
+        if over:
+            self._end(-signal.SIGKILL, disk_full=True)
+        with suppress(Closed):
+            self._supervisor.send({"measured": True})
+
+    def _end(self, code: int, disk_full: bool = False) -> NoReturn:
         tail = ""
         if self._output is not None:
             self._output.drain()
             tail = self._output.tail
         with suppress(Closed):
-            self._supervisor.send({"ended": code, "stderr_tail": tail})
+            self._supervisor.send({"ended": code, "stderr_tail": tail, "disk_full": disk_full})
             flush_within(self._supervisor, _LAST_WORDS_SECONDS)
         os._exit(0)
 

@@ -1,19 +1,22 @@
 """The jailer: root, one thread, no network. Starts the daemon, does what it asks, and outlives it.
 
 What must hold: no request harms a jail that it does not name, or anything outside of the node's directories
-and control groups; the jailer goes on whatever the daemon sends or however it ends.
+and control groups; the jailer goes on whatever the daemon sends or however it ends; an answer reaches the
+daemon that asked, or nobody: its successor counts its requests from 1 again, and would take it for its own.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, assert_never
 
-from edge_agent.jail import kernel, protocol, roots
+from edge_agent.jail import kernel, protocol, quota
 from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.daemon_process import DaemonProcess, DaemonStarter
@@ -22,6 +25,7 @@ from edge_agent.jail.keeper import Keeper
 from edge_agent.jail.loop import Loop, Timer
 from edge_agent.jail.protocol import Refused
 from edge_agent.jail.wire import Body, Closed, Garbage, close_all
+from edge_agent.jail.wright import Wright
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ class Jailer:
     def __init__(
         self,
         config: JailerConfig,
-        system: roots.System,
+        wright: Wright,
         cgroups: Cgroups,
         directories: Directories,
         starter: DaemonStarter,
@@ -45,8 +49,10 @@ class Jailer:
         self._directories = directories
         self._starter = starter
         self._loop = loop
-        self._keeper = Keeper(config, system, cgroups, directories, loop, self._answer, self._tell)
+        self._keeper = Keeper(config, wright, cgroups, directories, loop, self._answer, self._tell)
         self._daemon: DaemonProcess | None = None
+        self._serials = itertools.count(1)
+        self._asked: dict[int, int] = {}  # our number of a request: this daemon's own
         self._backoff = _BACKOFF_FIRST
         self._restart: Timer | None = None
         self._stopping = False
@@ -59,8 +65,16 @@ class Jailer:
         self._loop.on_signal(signal.SIGHUP, self._reload)
         for path in trash:
             self._remove_tree(path, None)
+        if self._directories.quota is None:
+            self._watch_disk(quota.DiskWatch(*quota.free(self._config.jails_dir)))
         self._start_daemon()
         self._loop.run()
+
+    def _watch_disk(self, watch: quota.DiskWatch) -> None:
+        with suppress(OSError):  # the disk fails: those who use it will say so
+            if watch.shrank(*quota.free(self._config.jails_dir)):
+                self._keeper.measure()
+        self._loop.after(quota.WATCH_SECONDS, lambda: self._watch_disk(watch))
 
     # --- the daemon --------------------------------------------------------------------------------------
 
@@ -80,7 +94,8 @@ class Jailer:
         self._loop.unwatch(daemon.wire)
         daemon.wire.close()
         self._daemon = None
-        self._keeper.end_zygotes()
+        self._asked.clear()
+        self._keeper.end_daemons_own()
         if self._stopping:
             self._keeper.kill_all(self._loop.stop)
             return
@@ -145,10 +160,12 @@ class Jailer:
             os.kill(daemon.pid, signal.SIGKILL)
 
     def _take(self, body: Body) -> None:
-        request_id = body.pop("id", None)
-        if not isinstance(request_id, int):
+        asked = body.pop("id", None)
+        if not isinstance(asked, int):
             log.warning("the daemon sent a request without an id: %.200r", body)
             return
+        request_id = next(self._serials)
+        self._asked[request_id] = asked
         try:
             self._do(request_id, protocol.decode(body))
         except Refused as refused:
@@ -177,6 +194,7 @@ class Jailer:
                 | protocol.Freeze()
                 | protocol.Thaw()
                 | protocol.Measure()
+                | protocol.Resize()
                 | protocol.Kill()
             ):
                 self._keeper.of_jail(request_id, request)
@@ -212,7 +230,11 @@ class Jailer:
         self._answer(request_id, {"ok": fields}, ())
 
     def _answer(self, request_id: int, body: dict[str, Any], fds: tuple[int, ...]) -> None:
-        self._send({"id": request_id, **body}, fds)
+        asked = self._asked.pop(request_id, None)
+        if asked is None:
+            close_all(fds)
+        else:
+            self._send({"id": asked, **body}, fds)
 
     def _tell(self, body: dict[str, Any]) -> None:
         self._send(body, ())

@@ -3,7 +3,7 @@ loop's callbacks, and the answer is given there.
 
 What must hold: a request gets exactly one answer; a jail that ended leaves neither process, cgroup nor
 descriptor; its end is told once. How it can fail: the kernel refuses an operation (answered with the
-operation's name), or a jail does not end (logged every few seconds, and tried again).
+operation's name), or a jail does not end (see `graves`).
 """
 
 from __future__ import annotations
@@ -11,26 +11,36 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, assert_never
 
-from edge_agent.jail import protocol, roots, seccomp, spawn, spawn_zygote
-from edge_agent.jail.agent_process import LIMITS, environment
-from edge_agent.jail.cell import Cell, Dying, Making, Running
+from edge_agent.jail import protocol, spawn, spawn_zygote
+from edge_agent.jail.cell import Cell, Dying, Making, Running, Waiting
 from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.directories import Directories
+from edge_agent.jail.forks import Forks
+from edge_agent.jail.graves import Graves
+from edge_agent.jail.ground import Ground, ground_steps
 from edge_agent.jail.loop import Loop
+from edge_agent.jail.operations import carry_out
 from edge_agent.jail.protocol import Refused, Way
-from edge_agent.jail.wire import Closed, Garbage, Wire, close_all, pair
+from edge_agent.jail.shares import Shares
+from edge_agent.jail.shells import Shells
+from edge_agent.jail.steps import MapIds, note
+from edge_agent.jail.wire import Closed, Garbage
+from edge_agent.jail.wright import Wright
 
 log = logging.getLogger(__name__)
 
 MAKE_SECONDS = 10.0
 IMPORT_SECONDS = 60.0  # of a zygote
 _FREEZE_SECONDS, _FREEZE_POLL = 5.0, 0.002
-_REMOVE_POLL, _REMOVE_COMPLAIN = 0.005, 1000
+# Processes that wait for something stop within a few switches of the processor: to look again at once, a few
+# times, is sooner done than to come back, and takes less than the making of any jail.
+_FREEZE_LOOKS, _FREEZE_PAUSE = 5, 50e-6
+_SHELL_PAUSE = 0.005  # seconds after a fork, so that a shell's making holds up no agent's first turn
 
 # How an answer is given: the request's id, the frame's body, descriptors that are given away.
 Answer = Callable[[int, dict[str, Any], tuple[int, ...]], None]
@@ -42,7 +52,7 @@ class Keeper:
     def __init__(
         self,
         config: JailerConfig,
-        system: roots.System,
+        wright: Wright,
         cgroups: Cgroups,
         directories: Directories,
         loop: Loop,
@@ -50,73 +60,95 @@ class Keeper:
         tell: Callable[[dict[str, Any]], None],
     ) -> None:
         self._config = config
-        self._system = system
+        self._wright = wright
         self._cgroups = cgroups
         self._directories = directories
         self._loop = loop
         self._answer = answer
         self._tell = tell
+        self._forks = Forks(loop, cgroups, self._end)
+        self._graves = Graves(cgroups, loop)
+        self._shares = Shares(cgroups, loop)
         self._cells: dict[str, Cell] = {}
+        self._shells = Shells(config, wright, cgroups, self._cells, self._watch_shell)
         self._when_empty: Callable[[], None] | None = None
 
     def jail_ids(self) -> list[str]:
         """Of those that a daemon may adopt."""
-        return sorted(i for i, c in self._cells.items() if isinstance(c.phase, Running) and not c.is_zygote)
+        cells = self._cells.values()
+        return sorted(c.jail_id for c in cells if isinstance(c.phase, Running) and not c.is_daemons)
 
     def needs_directory(self, jail_id: str) -> bool:
-        """Does it run, or is its uid the owner of a jail's user namespace?"""
-        return jail_id in self._cells or any(c.owner == jail_id for c in self._cells.values())
+        """Does it run, is its uid the owner of a jail's user namespace, or does a jail show its state?"""
+        return (
+            jail_id in self._cells
+            or jail_id in self._graves
+            or any(jail_id in (c.owner, c.request.packages) for c in self._cells.values())
+        )
 
-    def end_zygotes(self) -> None:
-        """The next daemon has its own."""
+    def measure(self) -> None:
+        """The disk has lost room: who is to blame?"""
+        for cell in self._cells.values():
+            if not cell.is_daemons:
+                self._shares.measure(cell)
+
+    def end_daemons_own(self) -> None:
+        """The next daemon has its own zygotes, and nobody waits for the tasks any more, nor for what is still
+        being made, which the next one does not see when it looks for jails to adopt."""
         for cell in list(self._cells.values()):
-            if cell.is_zygote:
+            if cell.is_daemons or isinstance(cell.phase, Making):
                 self._kill(cell, None)
 
     # --- requests ------------------------------------------------------------------------------------
 
     def make(self, request_id: int, request: protocol.Make) -> None:
-        """Answers when init is ready. Refused or OSError at once for what can be known at once."""
+        """Answers when init is ready, or nothing is left of the attempt. Refused for what is no attempt."""
         jail_id = request.jail_id
-        if jail_id in self._cells:
+        if jail_id in self._cells or jail_id in self._graves:
             raise Refused(f"jail {jail_id} runs already", "kill it first, or adopt it")
-        slot = self._directories.ensure(jail_id)
+        if request.packages in self._cells:  # what its agent wrote would change under its readers
+            raise Refused(f"jail {request.packages} still runs, so its state can't be shown to others")
+        ground = Ground()
         try:
-            self._cgroups.create(jail_id, request.limits)
-            init = self._spawn(request, slot)
-        except (OSError, Refused):
-            self._cgroups.remove(jail_id)
-            raise
-        cell = Cell(jail_id, request, slot, init, Making(request_id), request.zygote)
+            carry_out(ground_steps(request, self._directories, self._cgroups, ground), note)
+            cell = self._begin(request, ground.slot, Making(request_id))
+        except (OSError, Refused) as error:
+            refused = error if isinstance(error, Refused) else Refused(f"make of {jail_id}: {error}")
+            self._bury_unborn(request_id, request, ground, refused)
+            return
         self._cells[jail_id] = cell
-        self._loop.watch(cell.supervisor, lambda: self._hear(cell))
-        if request.way is Way.FORK:
-            self._loop.on_child(init.pid, lambda code: self._built(cell))
-        else:
-            self._loop.on_child(init.pid, lambda code: self._reaped(cell))
         seconds = IMPORT_SECONDS if cell.is_zygote else MAKE_SECONDS
-        self._loop.after(seconds, lambda: self._give_up_making(cell, seconds))
+        cell.patience = self._loop.after(seconds, lambda: self._give_up_making(cell, seconds))
+        if cell.born:
+            self._settle(cell)
 
-    def _spawn(self, request: protocol.Make, slot: int) -> spawn.Spawned:
+    def _bury_unborn(self, request_id: int, request: protocol.Make, ground: Ground, refused: Refused) -> None:
+        def gone() -> None:
+            if request.way is Way.TASK and ground.slot >= 0:
+                self._directories.give_back(ground.slot)
+            self._refuse(request_id, refused)
+            self._check_empty()
+
+        self._graves.bury(request.jail_id, gone, unborn=True)
+
+    def _begin(self, request: protocol.Make, slot: int, phase: Making) -> Cell:
         match request.way:
-            case Way.EXEC:
-                plan = roots.jail_plan(request, self._system, self._config)
-                return spawn.spawn(request, plan, self._cgroups)
+            case Way.EXEC | Way.TASK:
+                init = spawn.spawn(request, self._wright, self._cgroups)
             case Way.ZYGOTE:
-                plan = roots.zygote_plan(request, self._system, self._config)
                 uid = self._config.agent_uid(slot)
-                return spawn_zygote.spawn_zygote(request, plan, self._cgroups, uid)
+                init = spawn_zygote.spawn_zygote(request, self._wright, self._cgroups, uid)
             case Way.FORK:
-                zygote = self._zygote_of(request)
-                walls = spawn_zygote.Walls(
-                    roots.jail_mounts(request, self._system, self._config),
-                    roots.jail_names(request),
-                    owner=self._config.agent_uid(zygote.slot),
-                    init_uid=self._config.init_uid(slot),
-                )
-                return spawn_zygote.spawn_for_fork(request, walls, self._cgroups)
+                cell = self._shells.ready(request, self._zygote_of(request))
+                del self._cells[cell.jail_id]
+                cell.jail_id, cell.request, cell.slot, cell.phase = request.jail_id, request, slot, phase
+                return cell
             case _:
                 assert_never(request.way)
+        cell = Cell(request.jail_id, request, slot, init, phase)
+        self._loop.watch(cell.supervisor, lambda: self._hear(cell))
+        self._loop.on_child(init.pid, lambda code: self._reaped(cell))
+        return cell
 
     def _zygote_of(self, request: protocol.Make) -> Cell:
         """Refused if it does not run. One of another version would get power over this jail."""
@@ -144,12 +176,15 @@ class Keeper:
                 self._attach(cell, request_id)
             case protocol.Freeze():
                 self._cgroups.freeze(cell.jail_id)
+                self._look_frozen(cell)
                 self._poll_frozen(cell, request_id, round(_FREEZE_SECONDS / _FREEZE_POLL))
             case protocol.Thaw():
                 self._cgroups.thaw(cell.jail_id)
                 self._ok(request_id)
             case protocol.Measure():
                 self._ok(request_id, **dataclasses.asdict(self._cgroups.usage(cell.jail_id)))
+            case protocol.Resize():
+                self._shares.resize(cell, request, lambda refused: self._done(request_id, refused))
             case protocol.Kill():
                 raise AssertionError("handled above")
             case _:
@@ -178,49 +213,91 @@ class Keeper:
         match body:
             case {"step": spawn.READY} if isinstance(cell.phase, Making) and cell.is_zygote:
                 request, cell.phase = cell.phase.request, Running()
+                self._made(cell)
                 self._ok(request)
             case {"step": spawn.FAILED, "message": str(message), "hint": str(hint)}:
                 self._fail_making(cell, Refused(message[:1000], hint[:1000]))
+            case {"step": spawn.READY} if isinstance(cell.phase, Dying):
+                pass  # it was just too late
             case _ if cell.is_zygote:
                 log.error("zygote %s said %.200r, which means nothing", cell.jail_id, body)
             case {"step": spawn.BORN, "pid": int(pid)}:
                 self._born(cell, pid)
             case {"step": spawn.IN_USER_NAMESPACE}:
+                ids = MapIds(cell.init.pid, self._config.init_uid(cell.slot))
                 try:
-                    spawn.write_id_maps(cell.init.pid, self._config.init_uid(cell.slot))
+                    carry_out((ids,), cell.init.progress.note)
                     cell.supervisor.send({"do": "go on"})
-                except OSError as error:
-                    self._fail_making(cell, Refused(f"write the jail's uid map: {error.strerror}"))
+                except Refused as refused:
+                    self._fail_making(cell, refused)
             case {"step": spawn.READY} if isinstance(cell.phase, Making):
+                self._made(cell)
                 self._attach(cell, cell.phase.request)
                 cell.phase = Running()
             case {"ended": int(code), "stderr_tail": str(tail)}:
                 cell.code, cell.stderr_tail = code, tail
+                cell.disk_full = body.get("disk_full") is True
+            case {"measured": True}:
+                self._shares.measured(cell)
             case _:
                 log.error("jail %s: init said %.200r, which means nothing", cell.jail_id, body)
+
+    def _made(self, cell: Cell) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            for line in cell.init.progress.lines():
+                log.debug("%s", line)
+        cell.init.progress.close()
+        cell.calm()
 
     def _attach(self, cell: Cell, request_id: int) -> None:
         fds = cell.sockets_for_daemon()
         self._loop.refresh(cell.supervisor)
-        self._answer(request_id, {"ok": {}}, fds)
+        granted = cell.request.limits
+        sizes = {name: getattr(granted, name) for name in ("memory_bytes", "cpu_millis", "pids")}
+        self._answer(request_id, {"ok": {**sizes, "devices": cell.request.devices}}, fds)
 
     def _give_up_making(self, cell: Cell, seconds: float) -> None:
         if isinstance(cell.phase, Making):
-            step = cell.init.steps[cell.init.progress[0]].describe()
             self._fail_making(
                 cell,
                 Refused(
-                    f"making the jail took more than {seconds:g} s; it had come to: {step}",
+                    f"making the jail took more than {seconds:g} s; it had come to: "
+                    f"{cell.init.progress.read() or 'nothing'}",
                     "is the machine overloaded?",
                 ),
             )
 
     def _fail_making(self, cell: Cell, refused: Refused) -> None:
-        if isinstance(cell.phase, Making):
-            cell.phase = Dying(cell.phase.request, refused.body())
-            self._end(cell)
+        match cell.phase:
+            case Making(request):
+                cell.phase = Dying(request, refused.body())
+                self._end(cell)
+            case Waiting():
+                log.error("a shell for %s can't be made: %s", cell.owner, refused.message)
+                self._end(cell)
 
-    # --- zygotes and what they fork ---------------------------------------------------------------------
+    # --- shells ------------------------------------------------------------------------------------------
+
+    def _watch_shell(self, cell: Cell) -> None:
+        self._loop.watch(cell.supervisor, lambda: self._hear(cell))
+        self._loop.on_child(cell.init.pid, lambda code: self._built(cell))
+
+    def _keep_shell(self, request: protocol.Make) -> None:
+        """Has one wait for the next request like `request`, and none that its zygote had for others."""
+        if self._when_empty is not None:
+            return
+        for misfit in self._shells.misfits(request):
+            self._end(misfit)
+        try:
+            self._shells.ready(request, self._zygote_of(request))
+        except (OSError, Refused) as error:  # the next request tells who waits for it
+            log.info("no shell for %s: %s", request.zygote, error)
+
+    def _settle(self, cell: Cell) -> None:
+        try:
+            self._shells.settle(cell)
+        except Refused as refused:
+            self._fail_making(cell, refused)
 
     def _born(self, cell: Cell, pid: int) -> None:
         """Init is there, as our own child; the builder that says so ends."""
@@ -231,64 +308,30 @@ class Keeper:
         if not _exists(pid):  # it was reaped before we knew it
             self._loop.forget_child(pid)
             self._reaped(cell)
+            return
+        if isinstance(cell.phase, Making):
+            self._settle(cell)
+        zygote = self._cells.get(cell.owner)
+        if zygote is not None and not isinstance(cell.phase, Dying):
+            self._forks.prepare(cell, zygote)
 
     def _built(self, cell: Cell) -> None:
         """The builder has ended. What it said may still be unread."""
         self._hear(cell)
-        if cell.pid == cell.init.pid:  # there never was an init
+        if not cell.born:  # and never will be
             self._reaped(cell)
 
     def _fork(self, cell: Cell, request_id: int) -> None:
-        if not cell.for_fork:
-            raise Refused(f"jail {cell.jail_id} can't be forked into (again)")
-        zygote = self._zygote_of(cell.request)
-        ours, theirs = pair()
-        opened = spawn_zygote.open_namespaces(cell.pid)
-        try:
-            groups = self._cgroups.open_from_outside(cell.jail_id)
-        except OSError:
-            close_all(opened)
-            raise
-        given, cell.for_fork = cell.for_fork, ()
-        body = {
-            "do": "fork",
-            "env": environment(cell.request),
-            "uid": protocol.AGENT_ID,
-            "limits": LIMITS,
-            "filter": seccomp.agent_filter().hex(),
-        }
-        report = Wire(ours)
-        self._loop.watch(report, lambda: self._hear_fork(cell, report, request_id))
-        zygote.supervisor.send(body, (theirs.detach(), *given, *opened, *groups))
-        self._loop.refresh(zygote.supervisor)
-
-    def _hear_fork(self, cell: Cell, report: Wire, request_id: int) -> None:
-        """What the zygote's child says. It lives until we close; so long the agent's end waits for us."""
-        try:
-            frames = report.receive()
-            if not frames:
+        def done(refused: Refused | None) -> None:
+            if refused is not None:
+                self._refuse(request_id, refused)
                 return
-            body = frames[0].body
-        except (Closed, Garbage):
-            body = {"problem": "the zygote ended as it forked"}
-        self._loop.unwatch(report)
-        match body:
-            case {"pid": int(pid)} if spawn_zygote.is_in_jail(pid, cell.pid) and not self._loop.knows(pid):
-                self._loop.on_child(pid, lambda code: self._agent_ended(cell, code))
-                self._ok(request_id)
-            case {"problem": str(problem)}:
-                self._refuse(request_id, Refused(problem[:1000]))
-            case _:
-                self._refuse(request_id, Refused(f"jail {cell.jail_id} has ended, or got no agent"))
-        report.close()
+            self._ok(request_id)
+            self._loop.after(_SHELL_PAUSE, lambda: self._keep_shell(cell.request))
 
-    def _agent_ended(self, cell: Cell, code: int) -> None:
-        if cell.reaped:
-            return
-        cell.code = code
-        with suppress(Closed):
-            cell.supervisor.send({"do": "agent ended", "code": code})
-            self._loop.refresh(cell.supervisor)
+        self._forks.start(cell, done)
+
+    # --- the end -----------------------------------------------------------------------------------------
 
     def _kill(self, cell: Cell, request_id: int | None) -> None:
         if request_id is not None:
@@ -300,6 +343,8 @@ class Keeper:
     def _end(self, cell: Cell) -> None:
         """Kills what is left, frozen or not. `_reaped` goes on when init, and so all, has ended."""
         match cell.phase:
+            case Waiting():
+                cell.phase = Dying(failure=Refused("nobody has heard of it").body())
             case Making(request):
                 cell.phase = Dying(request, Refused("the jail ended while it was made").body())
             case Running():
@@ -324,20 +369,19 @@ class Keeper:
         except (Closed, Garbage):
             pass
         self._loop.unwatch(cell.supervisor)
+        self._forks.forget(cell)
         if not isinstance(cell.phase, Dying):
             self._end(cell)
+        for shell in self._shells.of(cell.jail_id):
+            self._end(shell)
         ended = cell.ended(self._cgroups.oom_kills(cell.jail_id))
         cell.close()
-        self._remove(cell, ended, 0)
+        self._graves.bury(cell.jail_id, lambda: self._gone(cell, ended))
 
-    def _remove(self, cell: Cell, ended: protocol.Ended, tries: int) -> None:
-        if not self._cgroups.remove(cell.jail_id):
-            if tries % _REMOVE_COMPLAIN == _REMOVE_COMPLAIN - 1:
-                log.error("jail %s: its control group can't be removed yet", cell.jail_id)
-                self._cgroups.kill(cell.jail_id)
-            self._loop.after(_REMOVE_POLL, lambda: self._remove(cell, ended, tries + 1))
-            return
+    def _gone(self, cell: Cell, ended: protocol.Ended) -> None:
         del self._cells[cell.jail_id]
+        if cell.is_task:
+            self._directories.give_back(cell.slot)
         self._tell_end(cell, ended)
         self._check_empty()
 
@@ -350,6 +394,12 @@ class Keeper:
             self._tell({"event": "exited", "jail_id": cell.jail_id, **fields})
         for request_id in cell.killers:
             self._ok(request_id, **fields)
+
+    def _look_frozen(self, cell: Cell) -> None:
+        for _ in range(_FREEZE_LOOKS):
+            if self._cgroups.frozen(cell.jail_id):
+                return
+            time.sleep(_FREEZE_PAUSE)
 
     def _poll_frozen(self, cell: Cell, request_id: int, tries: int) -> None:
         if not isinstance(cell.phase, Running):
@@ -369,11 +419,17 @@ class Keeper:
             self._loop.after(_FREEZE_POLL, lambda: self._poll_frozen(cell, request_id, tries - 1))
 
     def _check_empty(self) -> None:
-        if self._when_empty is not None and not self._cells:
+        if self._when_empty is not None and not self._cells and self._graves.empty:
             self._when_empty()
 
     def _ok(self, request_id: int, **fields: Any) -> None:
         self._answer(request_id, {"ok": fields}, ())
+
+    def _done(self, request_id: int, refused: Refused | None) -> None:
+        if refused is None:
+            self._ok(request_id)
+        else:
+            self._refuse(request_id, refused)
 
     def _refuse(self, request_id: int, refused: Refused) -> None:
         self._answer(request_id, {"error": refused.body()}, ())

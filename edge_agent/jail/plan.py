@@ -1,8 +1,7 @@
-"""A root filesystem as a list of operations: data that can be printed, and carried out in order.
+"""The operations that a root filesystem is made of, and the loopback interface.
 
-Whoever carries a plan out is real root, in a mount namespace of its own, before it gives up anything. What
-must hold: after `PivotRoot` nothing of the old root can be reached. A refusal by the kernel becomes
-PlanFailed, which names the operation and says what to do.
+Whoever carries them out is real root, in a mount namespace of its own, before it gives up anything. What must
+hold: after `PivotRoot` nothing of the old root can be reached.
 """
 
 from __future__ import annotations
@@ -11,67 +10,9 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from edge_agent.jail import kernel
-from edge_agent.jail.protocol import Refused
-
-
-class Operation(Protocol):
-    def describe(self) -> str: ...
-
-    def execute(self) -> None:
-        """OSError if the kernel refuses."""
-        ...
-
-
-class PlanFailed(Refused):
-    """An operation that the kernel refused."""
-
-    def __init__(self, operation: Operation, error: OSError) -> None:
-        number = error.errno or 0
-        super().__init__(
-            f"{operation.describe()}: {os.strerror(number)} ({errno.errorcode.get(number, number)})",
-            _HINTS.get(number, "see the node's log; is it the newest kernel of this system?"),
-        )
-
-
-_HINTS = {
-    errno.EPERM: "the node needs all of root's capabilities: start a container with --privileged, "
-    "and a unit without CapabilityBoundingSet",
-    errno.EACCES: "a security module (AppArmor, SELinux) may forbid it: see the kernel's log",
-    errno.ENOENT: "something that this operation names is missing on this machine",
-    errno.ENOSPC: "a limit of the kernel is reached: raise fs.mount-max and user.max_*_namespaces",
-    errno.ENOSYS: "Linux 5.12 or later is needed",
-    errno.EINVAL: "Linux 5.12 or later is needed, with a root filesystem that is no initramfs",
-    errno.ELOOP: "a symlink is in a place where the node allows none",
-}
-
-
-def carry_out(plan: Sequence[Operation], progress: Callable[[int], None] = lambda index: None) -> None:
-    """Executes the operations in order; tells `progress` the index of each before it begins."""
-    for index, operation in enumerate(plan):
-        progress(index)
-        try:
-            operation.execute()
-        except OSError as error:
-            raise PlanFailed(operation, error) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Do:
-    """A step that is more than the mount tree, such as leaving a namespace."""
-
-    what: str
-    action: Callable[[], object]
-
-    def describe(self) -> str:
-        return self.what
-
-    def execute(self) -> None:
-        self.action()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +28,13 @@ class PrivateMounts:
 
 @dataclass(frozen=True, slots=True)
 class Tmpfs:
-    """`size` in bytes. Devices work only where `devices`."""
+    """`size` in bytes. Devices work only where `devices`. `files`: at most so many, if not 0."""
 
     target: str
     size: int
     mode: int = 0o755
     devices: bool = False
+    files: int = 0
 
     def describe(self) -> str:
         return f"mount a tmpfs of {self.size >> 10} KiB at {self.target}"
@@ -100,7 +42,8 @@ class Tmpfs:
     def execute(self) -> None:
         os.makedirs(self.target, 0o755, exist_ok=True)
         flags = kernel.MS_NOSUID | (0 if self.devices else kernel.MS_NODEV)
-        kernel.mount("tmpfs", self.target, flags, f"size={self.size},mode={self.mode:o}")
+        most = f",nr_inodes={self.files}" if self.files else ""
+        kernel.mount("tmpfs", self.target, flags, f"size={self.size},mode={self.mode:o}{most}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +76,62 @@ class BindBeneath:
         return f"bind {self.path} of {self.root} {how} at {self.target}"
 
     def execute(self) -> None:
-        root = os.open(self.root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        _attach(clone_beneath(self.root, self.path), self.target, self.read_only)
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Mounts `tree`, a descriptor that `state_tree` gave, and closes it."""
+
+    tree: int
+    target: str
+
+    def describe(self) -> str:
+        return f"attach what was given at {self.target}"
+
+    def execute(self) -> None:
         try:
-            directory = kernel.open_beneath(root, self.path, os.O_PATH | os.O_DIRECTORY)
+            kernel.attach_tree(self.tree, self.target)
         finally:
-            os.close(root)
-        try:
-            tree = kernel.clone_tree_of(directory)
-        finally:
-            os.close(directory)
-        _attach(tree, self.target, self.read_only)
+            os.close(self.tree)
+
+
+def clone_beneath(root: str, path: str) -> int:
+    """A descriptor of a copy of the mount of the directory `path` under `root`, attached nowhere yet."""
+    above = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        directory = kernel.open_beneath(above, path, os.O_PATH | os.O_DIRECTORY)
+    finally:
+        os.close(above)
+    try:
+        return kernel.clone_tree_of(directory)
+    finally:
+        os.close(directory)
+
+
+def state_tree(root: str, path: str) -> int:
+    """As `clone_beneath`, ready to be attached where an agent may write."""
+    tree = clone_beneath(root, path)
+    try:
+        _restrict(tree, read_only=False)
+    except OSError:
+        os.close(tree)
+        raise
+    return tree
 
 
 def _attach(tree: int, target: str, read_only: bool) -> None:
     try:
         _make_mount_point(tree, target)
-        attributes = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
-        kernel.set_mount_attributes(tree, attributes | (kernel.ATTR_RDONLY if read_only else 0))
+        _restrict(tree, read_only)
         kernel.attach_tree(tree, target)
     finally:
         os.close(tree)
+
+
+def _restrict(tree: int, read_only: bool) -> None:
+    attributes = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
+    kernel.set_mount_attributes(tree, attributes | (kernel.ATTR_RDONLY if read_only else 0))
 
 
 def _make_mount_point(tree: int, target: str) -> None:
@@ -238,6 +217,46 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyFile:
+    """A copy that all in this root can read, of a file of at most `most` bytes."""
+
+    source: str
+    target: str
+    most: int
+
+    def describe(self) -> str:
+        return f"copy {self.source} to {self.target}"
+
+    def execute(self) -> None:
+        os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
+        with open(self.source, "rb") as file:
+            content = file.read(self.most + 1)
+        if len(content) > self.most:
+            raise OSError(errno.EFBIG, f"more than {self.most} bytes", self.source)
+        fd = os.open(self.target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+        with open(fd, "wb") as copy:
+            copy.write(content)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyFiles:
+    """Copies of the files in a directory, those in further ones left out."""
+
+    source: str
+    target: str
+    most: int
+
+    def describe(self) -> str:
+        return f"copy the files in {self.source} to {self.target}"
+
+    def execute(self) -> None:
+        os.makedirs(self.target, 0o755, exist_ok=True)
+        for name in os.listdir(self.source):
+            if os.path.isfile(f"{self.source}/{name}"):
+                CopyFile(f"{self.source}/{name}", f"{self.target}/{name}", self.most).execute()
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     target: str
     to: str
@@ -264,6 +283,27 @@ class Device:
     def execute(self) -> None:
         os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
         os.mknod(self.target, 0o666 | stat.S_IFCHR, os.makedev(self.major, self.minor))
+        os.chmod(self.target, 0o666)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDevice:
+    """A node for the device that `source` is, which the host may guard by owner and mode; the jail's own node
+    is for its agent, whose /dev nobody else sees."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"make {self.target}, the device {self.source}"
+
+    def execute(self) -> None:
+        status = os.stat(self.source)  # through links, as those of udev
+        kind = stat.S_IFMT(status.st_mode)
+        if kind not in (stat.S_IFCHR, stat.S_IFBLK):
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), self.source)
+        os.makedirs(os.path.dirname(self.target), 0o755, exist_ok=True)
+        os.mknod(self.target, 0o600 | kind, status.st_rdev)
         os.chmod(self.target, 0o666)
 
 

@@ -22,6 +22,7 @@ from shared import config
 
 _NAME = re.compile(r"[a-z0-9-]{1,64}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_MAX_DEVICES = 16
 _MAX_ARGS, _MAX_ARGS_BYTES = 256, 64 << 10
 
 AGENT_ID = 1000  # uid and gid of the agent, as seen inside
@@ -42,17 +43,24 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Memory in bytes, CPU in thousandths of a core, a count of processes."""
+    """Memory in bytes, CPU in thousandths of a core, a count of processes; bytes of /state; bytes read from
+    and written to the disk in a second, 0 for no limit."""
 
     memory_bytes: int
     cpu_millis: int
     pids: int
+    disk_bytes: int = 1 << 30
+    read_bps: int = 0
+    write_bps: int = 0
 
     def __post_init__(self) -> None:
         bounds = (
             ("memory_bytes", self.memory_bytes, 1 << 20, 1 << 50),
             ("cpu_millis", self.cpu_millis, 10, 1 << 20),
             ("pids", self.pids, 1, 1 << 20),
+            ("disk_bytes", self.disk_bytes, 1 << 20, 1 << 50),
+            ("read_bps", self.read_bps, 0, 1 << 50),
+            ("write_bps", self.write_bps, 0, 1 << 50),
         )
         for name, value, least, most in bounds:
             if not least <= value <= most:
@@ -65,13 +73,16 @@ class Way(StrEnum):
     EXEC = "exec"  # init executes a program
     FORK = "fork"  # a zygote forks
     ZYGOTE = "zygote"  # it is a zygote itself
+    TASK = "task"  # init executes a program that is no agent
 
 
 @dataclass(frozen=True, slots=True)
 class Make:
     """A new jail. Answered when its walls are up, with two descriptors: init's control socket and the
     agent's turn socket. A zygote is answered when it has imported its agent, without descriptors; a jail that
-    is to be forked into names its `zygote`, of the same bundle."""
+    is to be forked into names its `zygote`, of the same bundle. A task has no directory: its /state is in
+    memory, and it ends with the daemon. `packages`: the id of a jail that has ended, whose state is bound
+    read-only at /packages."""
 
     do: ClassVar[str] = "make"
     jail_id: str
@@ -81,18 +92,28 @@ class Make:
     limits: Limits
     way: Way = Way.EXEC
     zygote: str = ""
+    devices: tuple[str, ...] = ()  # names, of those that the node's operator has given paths to
+    packages: str = ""
 
     def __post_init__(self) -> None:
         _check_name("jail_id", self.jail_id)
+        for device in self.devices:
+            _check_name("device", device)
+        if len(self.devices) > _MAX_DEVICES:
+            raise ValueError(f"at most {_MAX_DEVICES} devices")
         _check_name("bundle", self.bundle)
+        if self.packages:
+            _check_name("packages", self.packages)
         if self.way is Way.FORK:
             _check_name("zygote", self.zygote)
         if not 1 <= len(self.argv) <= _MAX_ARGS or len(self.env) > _MAX_ARGS:
             raise ValueError(f"argv must have 1 to {_MAX_ARGS} parts, and env at most {_MAX_ARGS}")
         if sum(len(s) for s in (*self.argv, *self.env)) > _MAX_ARGS_BYTES:
             raise ValueError(f"argv and env are more than {_MAX_ARGS_BYTES} characters")
-        if any("\0" in s for s in (*self.argv, *self.env)) or not self.argv[0].startswith("/"):
-            raise ValueError("argv must start with an absolute path, and hold no NUL")
+        if any("\0" in s for s in (*self.argv, *self.env)):
+            raise ValueError("argv and env must hold no NUL")
+        if not self.argv[0].startswith("/") and self.way is not Way.TASK:  # which is looked for inside
+            raise ValueError("argv must start with an absolute path")
         for variable in self.env:
             if not _VARIABLE.fullmatch(variable.partition("=")[0]) or "=" not in variable:
                 raise ValueError(f"env: {variable[:40]!r} is not NAME=value")
@@ -137,10 +158,25 @@ class Thaw:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """{"memory_bytes", "cpu_seconds", "pids"}."""
+    """{"memory_bytes", "cpu_seconds", "pids", "oom_kills"}."""
 
     do: ClassVar[str] = "measure"
     jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """Answered when the new limits hold; refused, with all as it was, if the jail has more memory than that
+    and can't do without. /tmp and /dev/shm keep the size that they were made with."""
+
+    do: ClassVar[str] = "resize"
+    jail_id: str
+    memory_bytes: int
+    cpu_millis: int
+    pids: int
+
+    def __post_init__(self) -> None:
+        Limits(self.memory_bytes, self.cpu_millis, self.pids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +203,11 @@ class Discard:
     jail_id: str
 
 
-OfJail = Attach | Fork | Freeze | Thaw | Measure | Kill
+OfJail = Attach | Fork | Freeze | Thaw | Measure | Resize | Kill
 Request = Make | List | OfJail | Directories | Discard
 _KINDS: dict[str, type[Any]] = {
-    kind.do: kind for kind in (Make, List, Attach, Fork, Freeze, Thaw, Measure, Kill, Directories, Discard)
+    kind.do: kind
+    for kind in (Make, List, Attach, Fork, Freeze, Thaw, Measure, Resize, Kill, Directories, Discard)
 }
 
 
@@ -181,6 +218,7 @@ class Ended:
     code: int
     out_of_memory: bool
     stderr_tail: str = ""
+    disk_full: bool = False
 
 
 def encode(request: Request) -> dict[str, Any]:

@@ -28,8 +28,11 @@ class RemoteFiles:
         self._ask = ask
 
     async def scan(self) -> list[Entry]:
-        answer = await self._call({"do": "scan"}, _TREE_SECONDS)
-        return [entries.from_list(values) for page in answer.parts for values in page]
+        return _entries(await self._call({"do": "scan"}, _TREE_SECONDS))
+
+    async def changed(self, since_ns: int) -> tuple[list[Entry], dict[str, int]]:
+        answer = await self._call({"do": "changed", "since_ns": since_ns}, _TREE_SECONDS)
+        return _entries(answer), dict(zip(answer.values["opened"], answer.fds, strict=True))
 
     async def open_read(self, path: str) -> int:
         return _only(await self._call({"do": "open_read", "path": path}))
@@ -67,6 +70,10 @@ class RemoteFiles:
                     ) from None
                 case _:
                     raise RoostError(Reason.JAIL_FAILED, failed.message, failed.hint) from None
+
+
+def _entries(answer: Answer) -> list[Entry]:
+    return [entries.from_list(values) for page in answer.parts for values in page]
 
 
 def _only(answer: Answer) -> int:

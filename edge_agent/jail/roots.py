@@ -8,11 +8,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_agent.config import CA_FILE, CREDENTIALS, MAX_CREDENTIAL
 from edge_agent.jail import plan
 from edge_agent.jail.config import JailerConfig
-from edge_agent.jail.plan import Operation
-from edge_agent.jail.protocol import AGENT_ID, Make
+from edge_agent.jail.operations import Operation
+from edge_agent.jail.protocol import AGENT_ID, Make, Refused, Way
 
+# What agents import of roost.
+SDK = ("__init__.py", "agent.py", "_effects.py", "_line.py", "_tasks.py", "_timers.py")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _OF_ETC = ("/etc/ld.so.cache", "/etc/ssl/certs", "/etc/pki/tls/certs", "/etc/pki/ca-trust/extracted")
 # Of the whole kernel, or with switches in it. None may be written to; those in the second list tell about
@@ -36,7 +39,9 @@ _PROC_HIDDEN = (
 )
 _DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9))
 _DEV_LINKS = (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2"))
+_TASK_FILES = 16_384  # in a task's /state: the daemon looks at each
 _ROOT_BYTES, _DAEMON_TMP_BYTES = 1 << 20, 256 << 20
+_MAX_CA = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +79,38 @@ def jail_plan(request: Make, system: System, config: JailerConfig) -> tuple[Oper
     """The root of one jail, and what else its namespaces hold. Carried out by its init before it leaves the
     initial user namespace, to which all these namespaces therefore belong: root inside has no power over any
     of them."""
-    return (*jail_mounts(request, system, config), *jail_names(request))
-
-
-def jail_mounts(request: Make, system: System, config: JailerConfig) -> tuple[Operation, ...]:
     new = str(config.new_root)
-    state = plan.BindBeneath(
-        str(config.jails_dir), f"{request.jail_id}/state", new + "/state", read_only=False
+    state: Operation
+    if request.way is Way.TASK:
+        state = plan.Tmpfs(new + "/state", _half(request), 0o1777, files=_TASK_FILES)
+    else:
+        state = plan.BindBeneath(
+            str(config.jails_dir), f"{request.jail_id}/state", new + "/state", read_only=False
+        )
+    return (
+        *_jail_tree(request, system, config),
+        state,
+        plan.PivotRoot(new),
+        plan.SealRoot(),
+        plan.LoopbackUp(),
+        plan.HostName(request.jail_id[:63]),
     )
-    return (*_jail_tree(request, system, config), state, plan.PivotRoot(new), plan.SealRoot())
 
 
-def jail_names(request: Make) -> tuple[Operation, ...]:
-    """What is neither a file nor a mount: of the network and uts namespaces."""
-    return (plan.LoopbackUp(), plan.HostName(request.jail_id[:63]))
+def shell_mounts(request: Make, system: System, config: JailerConfig) -> tuple[Operation, ...]:
+    """As a jail's root, with a place for a state and none there."""
+    new = str(config.new_root)
+    return (
+        *_jail_tree(request, system, config),
+        plan.Directory(new + "/state"),
+        plan.PivotRoot(new),
+        plan.SealRoot(),
+    )
+
+
+def jail_state(jail_id: str, config: JailerConfig) -> int:
+    """What `plan.Attach` mounts in a shell that becomes this jail."""
+    return plan.state_tree(str(config.jails_dir), f"{jail_id}/state")
 
 
 def zygote_plan(request: Make, system: System, config: JailerConfig) -> tuple[Operation, ...]:
@@ -108,7 +131,7 @@ def zygote_plan(request: Make, system: System, config: JailerConfig) -> tuple[Op
 
 def _jail_tree(request: Make, system: System, config: JailerConfig) -> tuple[Operation, ...]:
     new = str(config.new_root)
-    half = max(1 << 20, request.limits.memory_bytes // 2)  # counts against the jail's memory anyway
+    half = _half(request)
     return (
         plan.PrivateMounts(),
         plan.Tmpfs(new, _ROOT_BYTES, devices=True),
@@ -118,11 +141,24 @@ def _jail_tree(request: Make, system: System, config: JailerConfig) -> tuple[Ope
         *_outside((system.base_prefix,), system, new),
         *_etc(new, system),
         *_dev(new),
+        *_named_devices(new, request, config),
         *_proc(new),
         plan.BindBeneath(str(config.bundles_dir), request.bundle, new + "/agent"),
-        plan.Bind(system.sources + "/roost/__init__.py", new + "/roost/roost/__init__.py"),
-        plan.Bind(system.sources + "/roost/agent.py", new + "/roost/roost/agent.py"),
+        *_packages(request, config),
+        *(plan.Bind(f"{system.sources}/roost/{name}", f"{new}/roost/roost/{name}") for name in SDK),
     )
+
+
+def _half(request: Make) -> int:
+    """Bytes of a file system in memory, which counts against the jail's memory anyway."""
+    return max(1 << 20, request.limits.memory_bytes // 2)
+
+
+def _packages(request: Make, config: JailerConfig) -> tuple[Operation, ...]:
+    if not request.packages:
+        return ()
+    state = f"{request.packages}/state"
+    return (plan.BindBeneath(str(config.jails_dir), state, f"{config.new_root}/packages"),)
 
 
 def daemon_plan(
@@ -147,6 +183,7 @@ def daemon_plan(
         plan.Bind(str(config.bundles_dir), f"{new}{config.bundles_dir}", read_only=False),
         *([plan.Bind(notify_socket, new + notify_socket)] if notify_socket else []),
         *_config_file(new, config, config_text),
+        *_for_egress(new, config),
         plan.PivotRoot(new),
         plan.SealRoot(),
     )
@@ -156,6 +193,16 @@ def _config_file(new: str, config: JailerConfig, text: str) -> tuple[Operation, 
     """A copy, as root's file may be readable by root alone; bound, as its directory may be read-only."""
     copy = new + "/run/roost/edge.toml"
     return (plan.File(copy, text), plan.Bind(copy, f"{new}{config.config_file}"))
+
+
+def _for_egress(new: str, config: JailerConfig) -> list[Operation]:
+    """Read only as they are copied: no secret is ever in the jailer, whose memory its forks inherit."""
+    operations: list[Operation] = []
+    if config.credentials_dir is not None:
+        operations.append(plan.CopyFiles(str(config.credentials_dir), f"{new}{CREDENTIALS}", MAX_CREDENTIAL))
+    if config.ca_file is not None:
+        operations.append(plan.CopyFile(str(config.ca_file), f"{new}{CA_FILE}", _MAX_CA))
+    return operations
 
 
 def _system(new: str, system: System) -> list[Operation]:
@@ -195,6 +242,14 @@ def _etc(new: str, system: System) -> list[Operation]:
 def _dev(new: str) -> list[Operation]:
     operations: list[Operation] = [plan.Device(f"{new}/dev/{name}", *numbers) for name, *numbers in _DEVICES]
     return operations + [plan.Link(f"{new}/dev/{name}", "/proc/self/fd" + to) for name, to in _DEV_LINKS]
+
+
+def _named_devices(new: str, request: Make, config: JailerConfig) -> list[Operation]:
+    """Refused for a name that the node's operator has not given paths to."""
+    for name in request.devices:
+        if name not in config.devices:
+            raise Refused(f"this node has no device {name}", "its edge.toml names those it has, in [devices]")
+    return [plan.CopyDevice(path, new + path) for name in request.devices for path in config.devices[name]]
 
 
 def _proc(new: str) -> list[Operation]:

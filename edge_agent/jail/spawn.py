@@ -8,30 +8,27 @@ death with the parent last, because the kernel forgets it when credentials chang
 
 from __future__ import annotations
 
-import gc
 import logging
-import mmap
 import os
-import selectors
-import signal
+import pickle
+import select
 import socket
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from edge_agent.jail import kernel
+from edge_agent.jail import kernel, roots
 from edge_agent.jail.cgroups.base import Cgroups
-from edge_agent.jail.init import Init
-from edge_agent.jail.plan import Do, Operation, carry_out
-from edge_agent.jail.protocol import AGENT_ID, Make, Refused
-from edge_agent.jail.wire import Closed, Frame, Garbage, Wire, pair
+from edge_agent.jail.init import Init, Program
+from edge_agent.jail.operations import Do, Operation, Progress, carry_out
+from edge_agent.jail.protocol import Make, Refused
+from edge_agent.jail.steps import Script, Unshare, cloning, keeping, run
+from edge_agent.jail.wire import Body, Closed, Frame, Garbage, Wire, pair
+from edge_agent.jail.wright import Tools, Wright
 
 log = logging.getLogger(__name__)
 
-_NAMESPACES: int = (
-    kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
-)
 # What init does inside: kill, become the agent, and read and write files that the agent protected.
 _INIT_CAPABILITIES = (
     kernel.CAP_KILL,
@@ -43,136 +40,151 @@ _INIT_CAPABILITIES = (
 )
 _PATIENCE = 30.0  # seconds that init waits for the jailer; longer than the jailer gives it
 
+MAKE_INIT = b"i"
+_NAMESPACES: int = (
+    kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
+)
 IN_USER_NAMESPACE, READY, FAILED, BORN = "in user namespace", "ready", "failed", "born"
 
 
 @dataclass(frozen=True, slots=True)
 class Spawned:
-    """The jailer's ends of a new init. `steps[progress[0]]` is the one that it is at. `for_fork`: the agent's
-    ends of its turn socket and of the pipe for its output, which a zygote's child is to get."""
+    """The jailer's ends of a new init. `for_fork`: the agent's ends of its turn socket and of the pipe for
+    its output, which a zygote's child is to get. `settling`: where a shell waits for its jail's state."""
 
     pid: int
     supervisor: Wire
     turn: socket.socket
-    steps: tuple[Operation, ...]
-    progress: mmap.mmap
+    progress: Progress
     for_fork: tuple[int, ...] = ()
+    settling: socket.socket | None = None
+
+    def close(self) -> None:
+        """All but `for_fork`, which may have been given away."""
+        self.supervisor.close()
+        self.turn.close()
+        self.progress.close()
+        if self.settling is not None:
+            self.settling.close()
 
 
-def spawn(request: Make, plan: tuple[Operation, ...], cgroups: Cgroups) -> Spawned:
+def spawn(request: Make, wright: Wright, cgroups: Cgroups) -> Spawned:
     """Returns at once; init reports over the supervisor wire: IN_USER_NAMESPACE (and waits to be mapped),
-    READY, or FAILED. OSError if it could not even be cloned."""
-    progress = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the child
+    READY, or FAILED. PlanFailed if it could not even be cloned."""
     supervisor, inner_supervisor = pair()
     turn, inner_turn = pair()
-    opened: list[int] = []  # by the steps, in the child: of the agent's control groups, then /proc/sys
-    steps = (
-        Do("join the jail's control groups", lambda: cgroups.join(request.jail_id)),
-        Do("open the agent's control group", lambda: opened.extend(cgroups.open_agent(request.jail_id))),
-        Do("open /proc/sys", lambda: opened.append(os.open("/proc/sys", os.O_PATH | os.O_CLOEXEC))),
-        Do("enter a cgroup namespace", lambda: kernel.unshare(kernel.CLONE_NEWCGROUP)),
-        *plan,
-        Do("enter a user namespace", lambda: kernel.unshare(kernel.CLONE_NEWUSER)),
-    )
-    group = cgroups.clone_into(request.jail_id)
+    progress = Progress.begin()
+    group = None
+    born: list[int] = []
     try:
-        pid = kernel.clone(_NAMESPACES, group)
-        if pid == 0:
-            kept = (inner_supervisor.fileno(), inner_turn.fileno())
-            _child(request, steps, Wire(inner_supervisor), kept, opened, progress)
+        group = cgroups.clone_into(request.jail_id)
+        inner = (inner_supervisor.fileno(), inner_turn.fileno(), progress.fd)
+
+        def clone() -> None:
+            born.append(wright.spawn(MAKE_INIT, pickle.dumps(request), inner, _NAMESPACES, group))
+
+        carry_out(birth(cgroups, clone), progress.note)
     except BaseException:
         supervisor.close()
         turn.close()
+        progress.close()
         raise
     finally:
         inner_supervisor.close()
         inner_turn.close()
         if group is not None:
             os.close(group)
-    return Spawned(pid, Wire(supervisor), turn, steps, progress)
+    return Spawned(born[0], Wire(supervisor), turn, progress)
 
 
-def write_id_maps(pid: int, init_uid: int) -> None:
-    """Inside 0 is `init_uid`, and the agent is the next one; uids and gids alike."""
-    text = f"0 {init_uid} 1\n{AGENT_ID} {init_uid + 1} 1\n"
-    for name in ("uid_map", "gid_map"):
-        with open(f"/proc/{pid}/{name}", "w") as file:
-            file.write(text)
+def birth(cgroups: Cgroups, clone: Callable[[], object]) -> tuple[Operation, ...]:
+    """The jailer's part. `clone` has the wright do it."""
+    return (Do(cloning("init", _NAMESPACES, cgroups.starts_inside), clone),)
 
 
-def _child(
-    request: Make,
-    steps: tuple[Operation, ...],
-    supervisor: Wire,
-    kept: tuple[int, int],
-    opened: list[int],
-    progress: mmap.mmap,
-) -> NoReturn:
-    # Never returns into the jailer's frames, whatever happens: they are a copy, but their sockets are not.
-    try:
-        gc.freeze()
-        forget_jailer(kept)
-        carry_out(steps, lambda index: progress.__setitem__(0, index))
-        *agent_groups, sysctl = opened
-        _give_up_power(supervisor, sysctl)
-        init = Init(request, supervisor, kept[1], tuple(agent_groups), (AGENT_ID, AGENT_ID))
-        supervisor.send({"step": READY})
-        # The answer proves that the jailer lived after we asked to die with it. It brings the control
-        # socket, which Init takes, so only look that it is there.
-        wait_readable(supervisor)
-        init.serve()
-    except Refused as refused:
-        tell_failure(supervisor, refused)
-    except (Closed, Garbage, TimeoutError):
-        pass  # the jailer is gone
-    except BaseException:
-        log.exception("init of jail %s failed", request.jail_id)
-        tell_failure(supervisor, Refused("init failed by a bug", "see the node's log"))
-    finally:
-        os._exit(1)
+@dataclass(slots=True)
+class Opened:
+    """Descriptors that steps of init leave for later ones."""
+
+    groups: tuple[int, ...] = ()  # the agent's control groups
+    sysctl: int = -1  # /proc/sys
+
+    def take_groups(self, groups: tuple[int, ...]) -> None:
+        self.groups = groups
+
+    def take_sysctl(self) -> None:
+        self.sysctl = os.open("/proc/sys", os.O_PATH | os.O_CLOEXEC)
 
 
-def forget_jailer(kept: tuple[int, ...]) -> None:
-    signal.set_wakeup_fd(-1)
-    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(signal_number, signal.SIG_DFL)
-    low = 3
-    for fd in sorted(kept):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, 1 << 20)
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    for number in (0, 1):
-        os.dup2(null, number)
-    os.close(null)
-    os.umask(0o022)
-    kernel.set_name("roost-init")
+def walls(request: Make, tools: Tools, opened: Opened) -> tuple[Operation, ...]:
+    """Init's, while it is real root."""
+    cgroups = tools.cgroups
+    return (
+        *joining(request, cgroups),
+        Do(
+            "open the agent's control group",
+            lambda: opened.take_groups(cgroups.open_agent(request.jail_id)),
+        ),
+        Do("open /proc/sys", opened.take_sysctl),
+        Unshare(kernel.CLONE_NEWCGROUP),
+        *roots.jail_plan(request, tools.system, tools.config),
+        Unshare(kernel.CLONE_NEWUSER),
+    )
 
 
-def _give_up_power(supervisor: Wire, sysctl: int) -> None:
-    supervisor.send({"step": IN_USER_NAMESPACE})
-    _receive(supervisor)  # mapped
-    become_init(sysctl)
+def joining(request: Make, cgroups: Cgroups) -> tuple[Operation, ...]:
+    if cgroups.starts_inside:
+        return ()
+    return (Do("join the jail's control groups", lambda: cgroups.join(request.jail_id)),)
 
 
-def become_init(sysctl: int) -> None:
-    """In a user namespace that is mapped."""
+def make_init(tools: Tools, given: bytes, fds: list[int]) -> NoReturn:
+    """The job of an init."""
+    # A pickle, for both ends are the same program and the same user.
+    request: Make = pickle.loads(given)
+    supervisor, turn, progress = Wire(socket.socket(fileno=fds[0])), fds[1], Progress(fds[2], "init")
+    with nothing_returns(fds[0], request.jail_id):
+        opened = Opened()
+        carry_out(walls(request, tools, opened), progress.note)
+        supervisor.send({"step": IN_USER_NAMESPACE})
+        _receive(supervisor)  # mapped
+        run(BECOMING_INIT, opened, progress.note)
+        progress.close()
+        program = Program(request, turn, opened.groups)
+        live(Init(request.jail_id, request.limits.disk_bytes, supervisor, program), supervisor)
+
+
+def live(init: Init, supervisor: Wire) -> NoReturn:
+    supervisor.send({"step": READY})
+    # The answer proves that the jailer lived after we asked to die with it. It brings the control socket,
+    # which Init takes, so only look that it is there.
+    wait_readable(supervisor)
+    init.serve()
+
+
+def _become_its_root(opened: Opened) -> None:
     os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
-    _forbid_user_namespaces(sysctl)
-    kernel.keep_capabilities(_INIT_CAPABILITIES)
-    kernel.no_new_privs()
-    kernel.die_with_parent()
 
 
-def _forbid_user_namespaces(sysctl: int) -> None:
+def _forbid_user_namespaces(opened: Opened) -> None:
     """In this user namespace, and so in the jail, none can be made: each would bring its maker capabilities
     over new namespaces, with which most of the kernel's holes begin. The limit is each namespace's own."""
-    limit = os.open("user/max_user_namespaces", os.O_WRONLY | os.O_CLOEXEC, dir_fd=sysctl)
+    limit = os.open("user/max_user_namespaces", os.O_WRONLY | os.O_CLOEXEC, dir_fd=opened.sysctl)
     os.write(limit, b"0")
     os.close(limit)
-    os.close(sysctl)
+    os.close(opened.sysctl)
+
+
+# In a user namespace that is mapped. Closes `sysctl`.
+BECOMING_INIT: Script[Opened] = (
+    ("become uid and gid 0 of its user namespace, in no other group", _become_its_root),
+    ("allow no user namespaces within", _forbid_user_namespaces),
+    (keeping(_INIT_CAPABILITIES), lambda opened: kernel.keep_capabilities(_INIT_CAPABILITIES)),
+    ("set no_new_privs", lambda opened: kernel.no_new_privs()),
+    ("ask to die with the jailer", lambda opened: kernel.die_with_parent()),
+)
 
 
 def _receive(wire: Wire) -> Frame:
@@ -183,13 +195,36 @@ def _receive(wire: Wire) -> Frame:
 
 
 def wait_readable(wire: Wire) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    with selectors.DefaultSelector() as selector:
-        selector.register(wire, selectors.EVENT_READ)
-        if not selector.select(deadline - time.monotonic()):
-            raise TimeoutError
+    poll = select.poll()
+    poll.register(wire, select.POLLIN)
+    if not poll.poll(_PATIENCE * 1000):
+        raise TimeoutError
 
 
-def tell_failure(supervisor: Wire, refused: Refused) -> None:
-    with suppress(Closed):
-        supervisor.send({"step": FAILED, **refused.body()})
+def tell(supervisor: int, body: Body) -> None:
+    """To the jailer, if it lives, from one who says no more than this."""
+    with suppress(Closed), socket.socket(fileno=os.dup(supervisor)) as sock:
+        Wire(sock).send(body)
+
+
+class nothing_returns:  # used as a block
+    """Ends this process when the block ends, having told the jailer of what went wrong in it, over the
+    socket that `supervisor` has open."""
+
+    def __init__(self, supervisor: int, jail_id: str) -> None:
+        self._supervisor = supervisor
+        self._jail_id = jail_id
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> NoReturn:
+        try:
+            if isinstance(error, Refused):
+                tell(self._supervisor, {"step": FAILED, **error.body()})
+            elif error is not None and not isinstance(error, (Closed, Garbage, TimeoutError)):
+                log.error("a process that makes jail %s failed", self._jail_id, exc_info=error)
+                refused = Refused(f"making the jail failed: {error}", "see the node's log")
+                tell(self._supervisor, {"step": FAILED, **refused.body()})
+        finally:
+            os._exit(1)

@@ -25,14 +25,26 @@ def detect(data_dir: Path, mounts: Path = _MOUNTS) -> Cgroups:
     controllers = mounts / "cgroup.controllers"
     if controllers.exists() and "memory" in controllers.read_text().split():
         own = _own_group(mounts)
-        return V2(own or mounts, name, supervised=own is not None)
+        return V2(own or mounts, name, own is not None, disk_of(data_dir))
     missing = [c for c in CONTROLLERS if not (mounts / c / "cgroup.procs").exists()]
     if missing:
         raise Refused(
             f"this machine has no control groups for {', '.join(missing)} at {mounts}",
             "mount cgroup2 there (systemd does), or the v1 controllers one by one",
         )
-    return V1(mounts, name)
+    return V1(mounts, name, disk_of(data_dir))
+
+
+def disk_of(directory: Path, sys: Path = Path("/sys")) -> str | None:
+    """The numbers of the whole disk that `directory` is on; None if it is on no block device, or on several
+    as one (btrfs, overlay)."""
+    status = os.stat(directory)
+    numbers = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    device = sys / "dev/block" / numbers
+    if not device.exists():
+        return None
+    whole = device.resolve().parent if (device / "partition").exists() else device
+    return (whole / "dev").read_text().strip()
 
 
 def _own_group(mounts: Path) -> Path | None:

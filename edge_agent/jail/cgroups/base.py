@@ -22,6 +22,7 @@ class Usage:
     memory_bytes: int
     cpu_seconds: float
     pids: int
+    oom_kills: int  # processes that the kernel killed for the memory limit
 
 
 class Cgroups(Protocol):
@@ -31,14 +32,36 @@ class Cgroups(Protocol):
         """Kills whatever a predecessor left in its groups, removes them, and makes the parent ready."""
         ...
 
+    @property
+    def limits_io(self) -> bool:
+        """Can reading and writing be limited?"""
+        ...
+
+    @property
+    def starts_inside(self) -> bool:
+        """Can a process be started in a group? Else it joins by itself."""
+        ...
+
     def create(self, jail_id: str, limits: Limits) -> None: ...
 
+    def limit(self, jail_id: str, limits: Limits) -> None:
+        """Sets the limits of a jail that there is. Memory must not be above the new one: see `shrink`."""
+        ...
+
+    def shrink(self, jail_id: str, limits: Limits) -> bool:
+        """Presses the jail's memory below a smaller limit, without killing. False: not there yet."""
+        ...
+
     def clone_into(self, jail_id: str) -> int | None:
-        """A directory to start init in (v2, the caller closes it), or None: init joins by itself."""
+        """A directory to start init in, which the caller closes; None unless `starts_inside`."""
         ...
 
     def join(self, jail_id: str) -> None:
-        """Moves the calling process into the jail's group, unless it was started there."""
+        """Moves the calling process, which was not started there, into the jail's group."""
+        ...
+
+    def open_init(self, jail_id: str) -> tuple[int, ...]:
+        """As `open_agent`, of the jail's group itself, for an init that was not started there."""
         ...
 
     def open_agent(self, jail_id: str) -> tuple[int, ...]:
@@ -75,6 +98,11 @@ class Cgroups(Protocol):
     def close(self) -> None:
         """Removes the parent, if it is empty."""
         ...
+
+
+def high_of(limits: Limits) -> int:
+    """Bytes of memory from which on the kernel takes back what it can, before it kills."""
+    return limits.memory_bytes - limits.memory_bytes // 16
 
 
 def kill_members(group: Path) -> None:

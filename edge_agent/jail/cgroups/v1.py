@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from contextlib import suppress
@@ -11,10 +12,11 @@ from cgroupspy.controllers import Controller
 from cgroupspy.interfaces import BaseFileInterface, IntegerFile
 from cgroupspy.nodes import Node
 
-from edge_agent.jail.cgroups.base import Usage, kill_members
+from edge_agent.jail.cgroups.base import Usage, high_of, kill_members
 from edge_agent.jail.protocol import Limits
 
 CONTROLLERS = ("memory", "cpu", "cpuacct", "pids", "freezer")
+BLKIO = "blkio"  # only for jails with limits on it: joining one more group takes time
 AGENT = "agent"
 # A thread that moves itself through this file spares the kernel a lock over all processes, and us the 1 to 15
 # ms that `cgroup.procs` takes. Who joins here has one thread.
@@ -34,14 +36,31 @@ class FreezerController(Controller):  # type: ignore[misc]
     state = BaseFileInterface("freezer.state")  # THAWED, FREEZING or FROZEN
 
 
-class V1:
-    """See `Cgroups`. `mounts` is where the controllers' trees are; `parent` the node's group in each."""
+class BlkioController(Controller):  # type: ignore[misc]
+    """Of writes, only those count that do not go through the page cache."""
 
-    def __init__(self, mounts: Path, parent: str) -> None:
+    read = BaseFileInterface("blkio.throttle.read_bps_device")
+    write = BaseFileInterface("blkio.throttle.write_bps_device")
+
+
+class V1:
+    """See `Cgroups`. `mounts` is where the controllers' trees are; `parent` the node's group in each; `disk`
+    the numbers ("8:0") of the one that reading and writing is limited on, if it can be."""
+
+    def __init__(self, mounts: Path, parent: str, disk: str | None = None) -> None:
         self._parents: dict[str, Node] = {}
+        self._disk = disk if (mounts / BLKIO / "cgroup.procs").exists() else None
         root = Node(str(mounts))
-        for name in CONTROLLERS:
+        for name in (*CONTROLLERS, *([BLKIO] if self._disk else [])):
             self._parents[name] = Node(parent, parent=Node(name, parent=root))
+
+    @property
+    def limits_io(self) -> bool:
+        return self._disk is not None
+
+    @property
+    def starts_inside(self) -> bool:
+        return False
 
     def sweep(self) -> None:
         deadline = time.monotonic() + _SWEEP_SECONDS
@@ -57,34 +76,57 @@ class V1:
                 time.sleep(0.01)
 
     def create(self, jail_id: str, limits: Limits) -> None:
-        for parent in self._parents.values():
-            _path(parent, jail_id).mkdir(exist_ok=True)
+        for name in CONTROLLERS:
+            _path(self._parents[name], jail_id).mkdir(exist_ok=True)
         _path(self._parents["freezer"], jail_id, AGENT).mkdir(exist_ok=True)
+        if self._disk and (limits.read_bps or limits.write_bps):
+            _path(self._parents[BLKIO], jail_id).mkdir(exist_ok=True)
+            blkio = BlkioController(self._node(BLKIO, jail_id))
+            blkio.read = f"{self._disk} {limits.read_bps}"
+            blkio.write = f"{self._disk} {limits.write_bps}"
+        self.limit(jail_id, limits)
+
+    def limit(self, jail_id: str, limits: Limits) -> None:
         memory = self._node("memory", jail_id).controller
-        memory.limit_in_bytes = limits.memory_bytes
-        with suppress(FileNotFoundError):  # a kernel that does not account for swap
-            memory.memsw_limit_in_bytes = limits.memory_bytes
+        names = ["limit_in_bytes", "memsw_limit_in_bytes"]  # the first may never be above the second
+        if limits.memory_bytes > _number(memory, names[0]):
+            names.reverse()
+        for name in names:
+            with suppress(FileNotFoundError):  # a kernel that does not account for swap
+                setattr(memory, name, limits.memory_bytes)
+        with suppress(OSError):  # a real-time kernel has none
+            memory.soft_limit_in_bytes = high_of(limits)
         cpu = self._node("cpu", jail_id).controller
         cpu.cfs_period_us = _PERIOD_US
         cpu.cfs_quota_us = limits.cpu_millis * _PERIOD_US // 1000
         cpu.shares = max(2, limits.cpu_millis * 1024 // 1000)
         PidsController(self._node("pids", jail_id)).max = limits.pids + 1  # init
 
+    def shrink(self, jail_id: str, limits: Limits) -> bool:
+        try:
+            self._node("memory", jail_id).controller.limit_in_bytes = limits.memory_bytes
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            raise
+        return True
+
     def clone_into(self, jail_id: str) -> int | None:
         return None
 
     def join(self, jail_id: str) -> None:
-        for parent in self._parents.values():
-            (_path(parent, jail_id) / _TASKS).write_text("0")
+        for group in self._groups(jail_id).values():
+            (group / _TASKS).write_text("0")
+
+    def open_init(self, jail_id: str) -> tuple[int, ...]:
+        return self._open_tasks(jail_id)
 
     def open_agent(self, jail_id: str) -> tuple[int, ...]:
         tasks = _path(self._parents["freezer"], jail_id, AGENT) / _TASKS
         return (os.open(tasks, os.O_WRONLY | os.O_CLOEXEC),)
 
     def open_from_outside(self, jail_id: str) -> tuple[int, ...]:
-        groups = [_path(self._parents[name], jail_id) for name in CONTROLLERS if name != "freezer"]
-        flags = os.O_WRONLY | os.O_CLOEXEC
-        return (*(os.open(group / _TASKS, flags) for group in groups), *self.open_agent(jail_id))
+        return (*self._open_tasks(jail_id, "freezer"), *self.open_agent(jail_id))
 
     def freeze(self, jail_id: str) -> None:
         self._freezer(jail_id).state = "FROZEN"
@@ -113,6 +155,7 @@ class V1:
             memory_bytes=self._node("memory", jail_id).controller.usage_in_bytes,
             cpu_seconds=self._node("cpuacct", jail_id).controller.usage / 1e9,
             pids=PidsController(self._node("pids", jail_id)).current,
+            oom_kills=self.oom_kills(jail_id),
         )
 
     def oom_kills(self, jail_id: str) -> int:
@@ -137,11 +180,27 @@ class V1:
             with suppress(OSError):
                 _path(parent).rmdir()
 
+    def _groups(self, jail_id: str) -> dict[str, Path]:
+        groups = {name: _path(parent, jail_id) for name, parent in self._parents.items()}
+        return {name: group for name, group in groups.items() if name != BLKIO or group.exists()}
+
+    def _open_tasks(self, jail_id: str, but: str = "") -> tuple[int, ...]:
+        groups = [group for name, group in self._groups(jail_id).items() if name != but]
+        return tuple(os.open(group / _TASKS, os.O_WRONLY | os.O_CLOEXEC) for group in groups)
+
     def _node(self, controller: str, jail_id: str) -> Node:
         return Node(jail_id, parent=self._parents[controller])
 
     def _freezer(self, jail_id: str) -> FreezerController:
         return FreezerController(Node(AGENT, parent=self._node("freezer", jail_id)))
+
+
+def _number(controller: Controller, name: str) -> int:
+    """What is in the file; 0 if there is none."""
+    try:
+        return int(getattr(controller, name))
+    except FileNotFoundError:
+        return 0
 
 
 def _path(node: Node, *below: str) -> Path:

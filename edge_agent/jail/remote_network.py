@@ -1,0 +1,65 @@
+"""Sockets inside a jail's network, got from its init: the daemon's side of `edge_agent.jail.network`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+from edge_agent.jail import network
+from edge_agent.jail.calls import CallFailed
+from edge_agent.jail.remote_files import Ask
+from shared.errors import Reason, RoostError
+
+_SECONDS = 10.0  # init's answer
+CONNECT_SECONDS = 5.0
+
+
+class RemoteNetwork:
+    """`ask` sends a request to init; JailGone comes from there."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+
+    async def listen(self, port: int) -> socket.socket:
+        return await self._socket("listen", port)
+
+    async def connect(self, port: int) -> socket.socket:
+        sock = await self._socket("connect", port)
+        try:
+            await _connected(sock, port)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def _socket(self, do: str, port: int) -> socket.socket:
+        try:
+            answer = await self._ask({"do": do, "port": port}, _SECONDS)
+        except CallFailed as failed:
+            if failed.kind == network.REFUSED:
+                raise ConnectionRefusedError(failed.message) from None
+            hint = "something of the agent listens there" if failed.kind == network.IN_USE else failed.hint
+            raise RoostError(Reason.JAIL_FAILED, failed.message, hint) from None
+        (fd,) = answer.fds
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        return sock
+
+
+async def _connected(sock: socket.socket, port: int) -> None:
+    loop = asyncio.get_running_loop()
+    writable = asyncio.Event()
+    loop.add_writer(sock, writable.set)
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            await writable.wait()
+    except TimeoutError:
+        raise TimeoutError(
+            f"whoever listens at port {port} inside did not accept in {CONNECT_SECONDS:g} s"
+        ) from None
+    finally:
+        loop.remove_writer(sock)
+    problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if problem:
+        raise OSError(problem, f"port {port} inside: {os.strerror(problem)}")  # of the errno's own class
