@@ -1,0 +1,1 @@
+"""What leaves a jail: docs/decisions/0010-egress.md."""
