@@ -5,7 +5,7 @@ Real: `GrpcBlobs`. Fake: `MemoryBlobs`. Both pass tests/contract/test_blobs.py.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import grpc.aio
@@ -79,6 +79,26 @@ class GrpcBlobs:
                 if hash not in found:
                     raise missing_blob(hash)
         return {hash: found[hash] for hash in hashes}
+
+
+class Nearby:
+    """`blobs`, but those that are at hand already are not asked for. `at_hand` by hash."""
+
+    def __init__(self, at_hand: Mapping[str, Blob], blobs: Blobs) -> None:
+        self._at_hand = at_hand
+        self._blobs = blobs
+
+    async def missing(self, hashes: Collection[str]) -> set[str]:
+        return await self._blobs.missing(hashes)
+
+    async def put(self, blobs: Iterable[Blob]) -> None:
+        await self._blobs.put(blobs)
+
+    async def get(self, hashes: Sequence[str]) -> dict[str, Blob]:
+        found = {hash: self._at_hand[hash] for hash in hashes if hash in self._at_hand}
+        if absent := [hash for hash in hashes if hash not in found]:
+            found |= await self._blobs.get(absent)
+        return found
 
 
 class MemoryBlobs:

@@ -29,7 +29,7 @@ class BundleStore:
     name, synced and renamed. `timeout` in seconds bounds the making of one.
     """
 
-    def __init__(self, directory: Path, chunks: ChunkStore, blobs: Blobs, timeout: float = 60.0) -> None:
+    def __init__(self, directory: Path, chunks: ChunkStore, blobs: Blobs, timeout: float = 600.0) -> None:
         self._directory = directory
         self._chunks = chunks
         self._blobs = blobs
@@ -41,6 +41,9 @@ class BundleStore:
 
     def path(self, version: str) -> Path:
         return self._directory / version
+
+    def has(self, version: str) -> bool:
+        return self.path(version).is_dir()
 
     async def ensure(self, version: str, root: str) -> None:
         """Makes sure that the version's files, whose manifest is `root`, lie in `path(version)`.

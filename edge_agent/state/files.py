@@ -46,6 +46,12 @@ class Files(Protocol):
         devices are left out. STATE_TOO_LARGE beyond the entry limit."""
         ...
 
+    async def changed(self, since_ns: int) -> tuple[list[Entry], dict[str, int]]:
+        """As `scan`, with descriptors (caller closes) of a few of the files that were changed at `since_ns`
+        or later, by their ctime: to spare a round trip. They are written back (`tree.write_back`), so that to
+        read them waits for no disk. Any others must be opened."""
+        ...
+
     async def open_read(self, path: str) -> int:
         """A descriptor of a regular file, which the caller closes."""
         ...

@@ -5,15 +5,13 @@ could break that, and each is met:
 - A write within the clock tick of the last one leaves the times as they are (git's "racily clean"). So
   what was changed less than SETTLED before it was looked at is noted as racy, and read again next time.
 - A write through a shared mapping changes the times only when it makes a clean page dirty. So a file is
-  written back before it is read (`write_back`), which makes its pages clean: any later write shows.
+  written back before it is read (`tree.write_back`), which makes its pages clean: any later write shows.
 - A power cut may keep the times and lose the bytes. So an index only holds in the boot that made it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,7 +21,6 @@ from edge_agent.state.files import Entry, Kind
 SETTLED_NS = 20_000_000  # twice the coarsest tick that kernels stamp files by (10 ms, at 100 Hz)
 
 _FORMAT = 1
-_WAIT_BEFORE, _WRITE = 1, 2  # SYNC_FILE_RANGE_*
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Of one tree. `uploaded`: the blob store is known to have all these chunks."""
+    """Of one tree. `uploaded`: all these chunks are known to be durable."""
 
     boot: str
     uploaded: bool
@@ -92,16 +89,3 @@ class Index:
 @cache
 def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def write_back(fd: int) -> None:
-    """Starts writing the file's dirty pages, without waiting for the disk: that alone makes them clean.
-
-    It waits only for a writing that had begun before, as its pages may have been dirtied again since.
-    """
-    if _sync_file_range(fd, 0, 0, _WAIT_BEFORE | _WRITE) != 0:
-        os.fdatasync(fd)  # a file system without it
-
-
-_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
-_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)

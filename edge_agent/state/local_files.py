@@ -40,6 +40,10 @@ class LocalFiles:
         with self._translated():
             return await in_thread(self._tree.scan)
 
+    async def changed(self, since_ns: int) -> tuple[list[Entry], dict[str, int]]:
+        entries = await self.scan()
+        return entries, self._tree.open_changed(entries, since_ns)
+
     async def open_read(self, path: str) -> int:
         with self._translated():
             return self._tree.open_read(path)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -16,12 +17,16 @@ from edge_agent.state.blobs import Blobs
 from edge_agent.state.chunks import ChunkStore
 from edge_agent.state.files import Entry, Files, Kind
 from edge_agent.state.index import SETTLED_NS, Index, Known, boot_id
-from edge_agent.state.threads import in_thread
+from edge_agent.state.threads import each_of, in_thread
 from shared.content import Blob
 from shared.errors import Reason, RoostError
 from shared.manifest import DirNode, FileNode, LinkNode, Node, blobs_of
 
-_FETCHED_AT_ONCE = 64  # chunks in memory
+_FETCHED_AT_ONCE = 32  # chunks in one request
+_FETCHES = 3  # requests at a time; their chunks are in memory
+_WRITES = 8  # files at a time
+_HELD = 16 << 20  # plain bytes in memory of what was fetched; the rest goes through the node's copies
+_KEEP_SECONDS = 0.5
 
 _OPEN = 0o700  # what a directory's owner needs to fill and to empty it
 
@@ -93,9 +98,10 @@ async def restore(
     empty directory.
     """
     steps = plan(await files.scan(), target, index)
+    source = _Source(chunks, blobs)
     try:
         # First all that may fail for want of the network: the tree is then still what it was.
-        await _fetch(steps.write, chunks, blobs)
+        await source.fetch_all(steps.write)
         for entry in steps.unlock:
             await files.make_dir(entry)
         for path in steps.remove:
@@ -105,12 +111,15 @@ async def restore(
         known = {}
         if index is not None:
             known = {entry.path: index.files[entry.path] for entry in steps.keep}
-        for node in steps.write:
-            made = await _write(files, node, chunks, blobs)
+
+        async def write(node: FileNode) -> None:
+            made = await _write(files, node, source)
             # Nothing runs in the tree yet. The first write that could be missed sets the mtime to its own
             # time, which can only be the one just set if that was now.
             racy = made.mtime_ns > made.ctime_ns - SETTLED_NS
             known[node.path] = Known.of(made, node.chunks, racy)
+
+        await each_of(steps.write, _WRITES, write)
         for link in steps.links:
             await files.make_link(Entry(link.path, Kind.LINK, 0o777, target=link.target))
         for entry in steps.lock:
@@ -119,6 +128,7 @@ async def restore(
         raise RoostError(
             Reason.NODE_FAILED, f"the state can't be put back here: {error}", "is this node's disk full?"
         ) from error
+    source.keep_soon()
     return Index(boot_id(), uploaded=True, files=known)
 
 
@@ -154,24 +164,55 @@ def _is_right(entry: Entry, node: FileNode, index: Index | None) -> bool:
     return index.knows(entry) == node.chunks
 
 
-async def _fetch(nodes: Sequence[FileNode], chunks: ChunkStore, blobs: Blobs) -> None:
-    absent = await asyncio.to_thread(chunks.missing, blobs_of(nodes))
-    for node in nodes:
-        wanted = [hash for hash in dict.fromkeys(node.chunks) if hash in absent]
-        for start in range(0, len(wanted), _FETCHED_AT_ONCE):
-            await _get(node, wanted[start : start + _FETCHED_AT_ONCE], chunks, blobs)
-        absent.difference_update(wanted)
+class _Source:
+    """Where the chunks come from: what was just fetched, as far as it is held in memory, the node's copies,
+    and the blob store."""
 
+    def __init__(self, chunks: ChunkStore, blobs: Blobs) -> None:
+        self._chunks = chunks
+        self._blobs = blobs
+        self._held: dict[str, Blob] = {}
+        self._left = _HELD
 
-async def _get(node: FileNode, hashes: Sequence[str], chunks: ChunkStore, blobs: Blobs) -> dict[str, Blob]:
-    try:
-        found = await blobs.get(hashes)
-    except RoostError as error:
-        if error.reason in (Reason.BLOB_MISSING, Reason.BLOB_CORRUPT):
-            raise _incomplete(node, error.message) from error
-        raise
-    await asyncio.to_thread(_put_all, chunks, found.values())
-    return found
+    def get(self, hash: str) -> Blob | None:
+        return self._held.get(hash) or self._chunks.get(hash)
+
+    async def fetch_all(self, nodes: Sequence[FileNode]) -> None:
+        absent = await asyncio.to_thread(self._chunks.missing, blobs_of(nodes))
+        wanted: dict[str, FileNode] = {}
+        for node in nodes:
+            wanted |= {hash: node for hash in node.chunks if hash in absent}
+        hashes = list(wanted)
+        groups = [hashes[at : at + _FETCHED_AT_ONCE] for at in range(0, len(hashes), _FETCHED_AT_ONCE)]
+        await each_of(groups, _FETCHES, lambda some: self.fetch(wanted, some))
+
+    async def fetch(self, wanted: Mapping[str, FileNode], hashes: Sequence[str]) -> dict[str, Blob]:
+        """`wanted` by which file; RESTORE_INCOMPLETE names one."""
+        try:
+            found = await self._blobs.get(hashes)
+        except RoostError as error:
+            if error.reason in (Reason.BLOB_MISSING, Reason.BLOB_CORRUPT):
+                blamed = next((hash for hash in hashes if hash[:12] in error.message), hashes[0])
+                raise _incomplete(wanted[blamed], error.message) from error
+            raise
+        self._left -= sum(len(blob.plain) for blob in found.values())
+        if self._left >= 0:
+            self._held |= found
+        else:
+            await asyncio.to_thread(_put_all, self._chunks, found.values())
+        return found
+
+    def keep_soon(self) -> None:
+        """What is held becomes copies of this node, when who waits for the instance has been served."""
+        held = list(self._held.values())
+
+        def keep() -> None:
+            with suppress(OSError):  # they are only copies
+                _put_all(self._chunks, held)
+
+        if held:
+            loop = asyncio.get_running_loop()
+            loop.call_later(_KEEP_SECONDS, lambda: loop.run_in_executor(None, keep))
 
 
 def _put_all(chunks: ChunkStore, blobs: Iterable[Blob]) -> None:
@@ -179,12 +220,13 @@ def _put_all(chunks: ChunkStore, blobs: Iterable[Blob]) -> None:
         chunks.put(blob)
 
 
-async def _write(files: Files, node: FileNode, chunks: ChunkStore, blobs: Blobs) -> Entry:
+async def _write(files: Files, node: FileNode, source: _Source) -> Entry:
     fd = await files.open_write(node.path)
     try:
-        size = 0
-        for hash in node.chunks:
-            size += await _write_chunk(fd, node, hash, chunks, blobs)
+        size, done = await in_thread(_copy, source, node.chunks, fd)
+        for hash in node.chunks[done:]:  # the node's copy was there and proved corrupt
+            blob = source.get(hash) or (await source.fetch({hash: node}, [hash]))[hash]
+            size += _write_all(fd, blob.plain)
         if size != node.size:
             raise _incomplete(node, f"its chunks make {size} bytes, not {node.size}")
     finally:
@@ -192,17 +234,15 @@ async def _write(files: Files, node: FileNode, chunks: ChunkStore, blobs: Blobs)
     return await files.commit_write(Entry(node.path, Kind.FILE, node.mode, mtime_ns=node.mtime_ns))
 
 
-async def _write_chunk(fd: int, node: FileNode, hash: str, chunks: ChunkStore, blobs: Blobs) -> int:
-    size = await in_thread(_copy, chunks, hash, fd)
-    if size is None:  # the node's copy was there and proved corrupt
-        blob = (await _get(node, [hash], chunks, blobs))[hash]
-        size = _write_all(fd, blob.plain)
-    return size
-
-
-def _copy(chunks: ChunkStore, hash: str, fd: int) -> int | None:
-    blob = chunks.get(hash)
-    return None if blob is None else _write_all(fd, blob.plain)
+def _copy(source: _Source, hashes: Sequence[str], fd: int) -> tuple[int, int]:
+    """Bytes and chunks that were written, up to the first that is not there as it should be."""
+    size = 0
+    for done, hash in enumerate(hashes):
+        blob = source.get(hash)
+        if blob is None:
+            return size, done
+        size += _write_all(fd, blob.plain)
+    return size, len(hashes)
 
 
 def _write_all(fd: int, data: bytes) -> int:

@@ -1,7 +1,7 @@
 """All that the node does with state, in one place: the chunks on its disk, the blob store, and the manifests.
 
 Always true: what `load` and `restore` give is what was committed, or they raise; after `upload` everything
-that the manifest names is durable, so its root may be published.
+that the manifest names is durable, so its root may be published; so it may be together with all of `little`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc.aio
 
-from edge_agent.state.blobs import Blobs, GrpcBlobs
+from edge_agent.state.blobs import Blobs, GrpcBlobs, Nearby
 from edge_agent.state.bundles import BundleStore
-from edge_agent.state.chunks import ChunkStore
-from edge_agent.state.files import Files
+from edge_agent.state.chunks import SIZE, ChunkStore
+from edge_agent.state.files import MAX_STATE, Files
 from edge_agent.state.index import Index, boot_id
+from edge_agent.state.peers import near
 from edge_agent.state.restore import restore
-from edge_agent.state.snapshot import Snapshot, capture, upload
+from edge_agent.state.snapshot import Snapshot, capture, new_blobs, upload
+from shared import inline
 from shared.content import Blob
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
-from shared.manifest import StateManifest, decode, encode
+from shared.manifest import Encoded, FileNode, StateManifest, blobs_of, decode, encode
 
 _CHANNEL_SECONDS = 2.0
+_FEW_FILES = 200
+_SETTLE_SECONDS = 0.3  # after a commit; first its user is told
+_LIGHT_NODES, _LIGHT_BYTES = 16, 1 << 20
+_SALVAGED_AT_ONCE = 64  # chunks in memory
 
 Channel = Callable[[float], Awaitable[grpc.aio.Channel]]
 
@@ -55,11 +61,12 @@ class StateStore:
     chunks: ChunkStore
     blobs: Blobs
     bundles: BundleStore
+    copies: ChunkStore | None = None  # of other nodes' chunks
 
     @classmethod
-    def at(cls, data_dir: Path, channel: Channel) -> StateStore:
-        chunks = ChunkStore(data_dir / "daemon" / "chunks")
-        blobs = LinkedBlobs(channel)
+    def at(cls, data_dir: Path, blobs: Blobs, chunk_cache: int = SIZE) -> StateStore:
+        """`chunk_cache`: bytes of chunks that are kept on the node's disk."""
+        chunks = ChunkStore(data_dir / "daemon" / "chunks", chunk_cache)
         return cls(chunks, blobs, BundleStore(data_dir / "bundles", chunks, blobs))
 
     async def load(self, key: InstanceKey, version: int, root: str) -> StateManifest:
@@ -67,7 +74,7 @@ class StateStore:
         if version == 0:
             return StateManifest(str(key), epoch=0, version=0)
         try:
-            manifest = await decode(root, self._fetch)
+            manifest = await decode(root, lambda hashes: self._fetch(hashes, str(key)))
         except RoostError as error:
             if error.reason in (Reason.BLOB_MISSING, Reason.BLOB_CORRUPT):
                 raise _incomplete(key, version, error.message) from error
@@ -76,20 +83,55 @@ class StateStore:
             raise _incomplete(key, version, f"its manifest is version {manifest.version} of {manifest.key}")
         return manifest
 
-    async def capture(self, files: Files, previous: Index | None) -> Snapshot:
-        """To be called while nothing can change the files."""
+    async def capture(self, files: Files, previous: Index | None, most_bytes: int = MAX_STATE) -> Snapshot:
+        """To be called while nothing can change the files. STATE_TOO_LARGE for more than `most_bytes`."""
         with _disk():
-            return await capture(files, previous, self.chunks)
+            return await capture(files, previous, self.chunks, most_bytes=most_bytes)
 
-    async def upload(
-        self, snapshot: Snapshot, manifest: StateManifest, again: bool = False
-    ) -> tuple[str, Index]:
-        """Makes the snapshot and its manifest durable; returns the manifest's root, and the index to capture
-        the next snapshot from. `again`: an earlier attempt may have brought a part of it there."""
-        encoded = await asyncio.to_thread(encode, manifest)
-        index = await upload(snapshot, encoded, self.chunks, self.blobs, again)
-        await asyncio.to_thread(self._keep, [Blob.of(plain) for plain in encoded.blobs.values()])
-        return encoded.root, index
+    async def encode(self, manifest: StateManifest) -> Encoded:
+        if len(manifest.nodes) < _FEW_FILES:  # sooner done than a thread would begin
+            return encode(manifest)
+        return await asyncio.to_thread(encode, manifest)
+
+    def little(self, snapshot: Snapshot, manifest: Encoded) -> list[Blob] | None:
+        """All that a commit of this snapshot has to make durable, if it may go inline; None: `upload` it."""
+        if len(snapshot.new) + len(manifest.blobs) > inline.MAX_BLOBS:
+            return None
+        if sum(map(len, manifest.blobs.values())) > inline.MAX_PLAIN:
+            return None
+        blobs = list(new_blobs(snapshot.new, snapshot, manifest, self.chunks))
+        return blobs if inline.fits(blobs) else None
+
+    async def upload(self, snapshot: Snapshot, manifest: Encoded, again: bool = False) -> None:
+        """Makes the snapshot and its manifest durable. `again`: an earlier attempt may have brought a part of
+        it there."""
+        await upload(snapshot, manifest, self.chunks, self.blobs, again)
+
+    async def keep(self, manifest: Encoded) -> None:
+        """At hand for when the instance wakes here; and what the turn's files became, soon in files."""
+        blobs = [Blob.of(plain) for plain in manifest.blobs.values()]
+        if len(blobs) == 1:
+            with suppress(OSError):
+                self.chunks.note(blobs)
+        else:
+            await asyncio.to_thread(self._keep, blobs)
+        loop = asyncio.get_running_loop()
+        loop.call_later(_SETTLE_SECONDS, lambda: loop.run_in_executor(None, self._settle))
+
+    def _settle(self) -> None:
+        with suppress(OSError):  # it stays where it is, for the next time
+            self.chunks.settle()
+
+    def beside(self, at_hand: Iterable[Blob]) -> StateStore:
+        """The same, but for `at_hand`, which the blob store may not have yet."""
+        return replace(self, blobs=Nearby({blob.hash: blob for blob in at_hand}, self.blobs))
+
+    def is_light(self, manifest: StateManifest) -> bool:
+        """Are its files so few and small, and all here, that writing them costs next to nothing?"""
+        if len(manifest.nodes) > _LIGHT_NODES:
+            return False
+        size = sum(node.size for node in manifest.nodes if isinstance(node, FileNode))
+        return size <= _LIGHT_BYTES and not self.chunks.missing(blobs_of(manifest.nodes))
 
     def nothing(self) -> Index:
         """The index of an empty directory: what `restore` of a version 0 into one gives."""
@@ -97,7 +139,26 @@ class StateStore:
 
     async def restore(self, files: Files, manifest: StateManifest, index: Index | None) -> Index:
         with _disk():
-            return await restore(files, manifest.nodes, index, self.chunks, self.blobs)
+            return await restore(files, manifest.nodes, index, self.chunks, near(self.blobs, manifest.key))
+
+    async def tidy(self) -> None:
+        """One pass: the node's copies of chunks take no more of its disk than they may."""
+        with _disk():
+            await asyncio.to_thread(self.chunks.tidy)
+
+    async def salvage(self, hashes: Sequence[str]) -> int:
+        """Puts those of which there are copies here into the blob store; how many they were."""
+        count = 0
+        for start in range(0, len(hashes), _SALVAGED_AT_ONCE):
+            some = hashes[start : start + _SALVAGED_AT_ONCE]
+            copies = await asyncio.to_thread(list, map(self._copy, some))
+            found = [blob for blob in copies if blob is not None]
+            await self.blobs.put(found)
+            count += len(found)
+        return count
+
+    def _copy(self, hash: str) -> Blob | None:
+        return self.chunks.get(hash) or (self.copies.get(hash) if self.copies else None)
 
     def _keep(self, blobs: Iterable[Blob]) -> None:
         """Only a copy, for speed: a disk that can't take it is no reason to fail."""
@@ -105,11 +166,11 @@ class StateStore:
             for blob in blobs:
                 self.chunks.put(blob)
 
-    async def _fetch(self, hashes: Sequence[str]) -> dict[str, bytes]:
+    async def _fetch(self, hashes: Sequence[str], key: str) -> dict[str, bytes]:
         found = {hash: blob.plain for hash in hashes if (blob := self.chunks.get(hash))}
         absent = [hash for hash in hashes if hash not in found]
         if absent:
-            fetched = await self.blobs.get(absent)
+            fetched = await near(self.blobs, key).get(absent)
             await asyncio.to_thread(self._keep, fetched.values())
             found.update((hash, blob.plain) for hash, blob in fetched.items())
         return found

@@ -1,11 +1,12 @@
-"""Work in a thread that uses a descriptor of its caller."""
+"""Work in a thread that uses a descriptor of its caller, and work on many things, some at a time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar, TypeVarTuple
 
+S = TypeVar("S")
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
@@ -28,3 +29,19 @@ async def in_thread(function: Callable[[*Args], T], *args: *Args) -> T:
         if not task.cancelled():
             task.exception()  # the cancellation is what the caller hears of
         raise
+
+
+async def each_of(items: Iterable[S], at_once: int, work: Callable[[S], Awaitable[object]]) -> None:
+    """Does `work` on each. None goes on when this returns or raises; it raises the first error."""
+    left = iter(items)
+
+    async def some() -> None:
+        for item in left:
+            await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(some(), name="one of several")
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors

@@ -9,10 +9,11 @@ a path that no tree can have, which is the caller's bug.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -20,8 +21,14 @@ from edge_agent.state.files import Entry, Kind
 
 MAX_ENTRIES = 100_000
 MAX_DEPTH = 64
+MAX_OPENED = 8  # files in one answer
+_MOST_LEVELS = 200  # of a tree that is only measured; each takes two descriptors
 MAX_NAME_CHARS = 16 << 20  # of all paths and link targets together: they are held in memory
 TEMPORARY = ".roost-tmp-"  # names that begin so are ours: unfinished writes, removed by the next scan
+
+_WAIT_BEFORE, _WRITE = 1, 2  # SYNC_FILE_RANGE_*
+_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -63,6 +70,43 @@ class Tree:
         entries = _Scan().directory(fd, "", 1)
         entries.sort(key=lambda entry: entry.path)
         return entries
+
+    def open_changed(self, entries: Sequence[Entry], since_ns: int) -> dict[str, int]:
+        """See `Files.changed`."""
+        changed = [e.path for e in entries if e.kind is Kind.FILE and e.ctime_ns >= since_ns]
+        opened: dict[str, int] = {}
+        for path in changed[:MAX_OPENED]:
+            with suppress(OSError):  # whoever opens it then is told
+                fd = opened[path] = self.open_read(path)
+                write_back(fd)
+        return opened
+
+    def taken(self, most_bytes: int, most_entries: int) -> int:
+        """Bytes of the disk that the tree takes, counted until they are more than `most_bytes`. TreeTooLarge
+        for more entries than `most_entries`, or levels than can be looked through."""
+        fd = os.open(".", _DIRECTORY, dir_fd=self._root)
+        total = entries = 0
+        opened = [(fd, os.scandir(fd))]
+        try:
+            while opened and total <= most_bytes:
+                fd, names = opened[-1]
+                item = next(names, None)
+                if item is None:
+                    _close_scan(*opened.pop())
+                    continue
+                entries += 1
+                if entries > most_entries or len(opened) > _MOST_LEVELS:
+                    raise TreeTooLarge(f"it has more than {most_entries:,} entries, or {_MOST_LEVELS} levels")
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    status = os.stat(item.name, dir_fd=fd, follow_symlinks=False)
+                    total += status.st_blocks * 512
+                    if stat.S_ISDIR(status.st_mode):
+                        below = os.open(item.name, _DIRECTORY, dir_fd=fd)
+                        opened.append((below, os.scandir(below)))
+        finally:
+            for pair in opened:
+                _close_scan(*pair)
+        return total
 
     def open_read(self, path: str) -> int:
         with self._parent(path) as (parent, name):
@@ -218,6 +262,20 @@ class _Scan:
             raise TreeTooLarge(f"there are more than {MAX_ENTRIES:,} files and directories")
         if self._name_chars > MAX_NAME_CHARS:
             raise TreeTooLarge(f"the paths are more than {MAX_NAME_CHARS >> 20} MiB in all")
+
+
+def write_back(fd: int) -> None:
+    """Starts writing the file's dirty pages, without waiting for the disk: that alone makes them clean.
+
+    It waits only for a writing that had begun before, as its pages may have been dirtied again since.
+    """
+    if _sync_file_range(fd, 0, 0, _WAIT_BEFORE | _WRITE) != 0:
+        os.fdatasync(fd)  # a file system without it
+
+
+def _close_scan(fd: int, names: os._ScandirIterator[str]) -> None:
+    names.close()
+    os.close(fd)
 
 
 def _entry(path: str, kind: Kind, status: os.stat_result) -> Entry:
