@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edge_agent import app
 from edge_agent.config import EdgeConfig
-from shared import config, log
+from shared import config, failpoints, log
 
 JAILER_FD = "ROOST_JAILER_FD"
 
@@ -21,6 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     edge = config.load_file(EdgeConfig, args.config)
     log.setup(edge.node)
+    failpoints.enable(os.environ)
     jailer = socket.socket(fileno=int(os.environ.pop(JAILER_FD)))
     asyncio.run(app.run(edge, jailer))
 

@@ -16,7 +16,7 @@ from zeroconf import InterfaceChoice, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from shared import rpc
-from shared.identity import is_name
+from shared.names import is_name
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,16 @@ class Freezer:
     def __init__(self) -> None:
         self._jail: Jail | None = None
         self._reasons: set[str] = set()
-        self._is_frozen = False
+        self._is_frozen: bool | None = False  # None: not known
         self._lock = asyncio.Lock()
+        self._thawing: asyncio.Task[None] | None = None
 
     def attach(self, jail: Jail) -> None:
         self._jail, self._is_frozen = jail, False
+
+    def adopt(self, jail: Jail) -> None:
+        """One that an earlier daemon left, perhaps frozen: the next `hold` or `drop` sets that right."""
+        self._jail, self._is_frozen = jail, None
 
     def detach(self) -> None:
         self._jail = None
@@ -36,11 +41,18 @@ class Freezer:
 
     @asynccontextmanager
     async def frozen(self, reason: str) -> AsyncIterator[None]:
+        """After the block it is thawed while other things go on: `settled` waits for that."""
         try:
             await self.hold(reason)
             yield
         finally:
-            await self.drop(reason)
+            self._thawing = asyncio.create_task(self.drop(reason), name="thaw")
+            self._thawing.add_done_callback(_look_at)  # if it failed, the next to freeze or thaw is told, too
+
+    async def settled(self) -> None:
+        """Returns when it is thawed after `frozen`. JAIL_FAILED if it can't be."""
+        if self._thawing is not None:
+            await asyncio.shield(self._thawing)
 
     async def _apply(self) -> None:
         async with self._lock:
@@ -54,3 +66,8 @@ class Freezer:
             except JailGone:  # nothing is left to freeze or thaw; who goes on to use the jail is told there
                 self._jail = None
             self._is_frozen = bool(self._reasons)
+
+
+def _look_at(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()

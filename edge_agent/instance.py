@@ -2,8 +2,11 @@
 
 Always true:
 - Turns are serial, and a turn once begun goes on to its end even if its client leaves.
-- A reply is marked committed only after the commit transaction succeeded; a turn whose id is in the
+- A reply's receipt says durable only after the commit transaction succeeded; a turn whose id is in the
   committed manifest is not run again: its recorded reply is returned.
+- With durability "async" a reply may be given out before its commit, while this node may believe that it is
+  the owner. The next turn may begin then, and its own commit waits for that one: at most one turn is behind.
+  If that one fails, what built on it ends, and clients are told what they lost (`edge_agent.losses`).
 - A turn that fails, or whose commit has no certain outcome, leaves no process behind: the next one starts
   from what the coordinator says is committed. So a half-done turn can't leak into a later one.
 - Once evicted, an instance never runs again under this object.
@@ -17,48 +20,68 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from edge_agent.control import Agent, CommittedState
+from edge_agent import refusals
+from edge_agent.behind import Behind
+from edge_agent.control import Agent, Beside, CommittedState
+from edge_agent.effects import Effects
 from edge_agent.freezer import Freezer
-from edge_agent.jail.api import Jail, JailGone, JailSpec
-from edge_agent.jail.python import python_argv
+from edge_agent.jail.api import Jail, JailGone
 from edge_agent.phases import Asleep, Done, Live, Lost, Parts, State
+from edge_agent.process import Process
 from edge_agent.records import NodeRecord
-from edge_agent.starts import Exec, FromZygote, Parked, Way, is_agents_fault, name_of
+from edge_agent.speakers import speaker_of
 from edge_agent.state.index import Index
-from edge_agent.turns import Deltas, Turn, crash, run_turn, wait_ready
+from edge_agent.state.snapshot import Snapshot
+from edge_agent.tasks import TurnTasks, suspended
+from edge_agent.turns import Turn, crash
+from edge_agent.under_way import UnderWay
 from protos.v1 import common_pb2
 from shared.errors import Reason, RoostError
+from shared.failpoints import failpoint
 from shared.identity import InstanceKey
 from shared.manifest import StateManifest
+from shared.policy import Durability
+from shared.resources import Resources
 
 log = logging.getLogger(__name__)
 
 FETCH_SECONDS = 5.0
 _MAX_QUEUED = 16  # turns of one instance, of up to 1 MiB each
 TELL_SECONDS = 2.0
+_FEW_FILES = 200  # whose index is written sooner than a thread would begin to
 
 
 class Instance:
     def __init__(self, key: InstanceKey, epoch: int, jail_id: str, parts: Parts) -> None:
         self.key = key
         self.epoch = epoch
-        self.jail_id = jail_id
         self.state: State = Asleep(told=True)
         self.idle_since = parts.clock()
         self.attached = 0  # clients' streams
-        self.freezer = Freezer()
         self._parts = parts
+        self._process = Process(key, epoch, jail_id, parts, self._may_leave, self._check_owner)
         self._lock = asyncio.Lock()
+        self._behind = Behind(self._lost_behind)
         self._evicted: str | None = None  # why
         self._queued = 0  # turns, with the one that runs
-        self._jail: Jail | None = None  # of the state Live, and of the way there
+        self._tasks: TurnTasks | None = None  # of the last turn
+        self._effects = Effects(key, epoch, parts.control)
 
     def __repr__(self) -> str:
         return f"<Instance {self.key} epoch {self.epoch} {type(self.state).__name__.lower()}>"
+
+    @property
+    def jail_id(self) -> str:
+        return self._process.jail_id
+
+    @property
+    def freezer(self) -> Freezer:
+        return self._process.freezer
 
     @property
     def forgettable(self) -> bool:
@@ -67,29 +90,33 @@ class Instance:
 
     @property
     def busy(self) -> bool:
-        return self._lock.locked()
+        return self._lock.locked() or self._behind.busy
 
     @property
     def version(self) -> int:
         """The last committed version of its process; 0 if it has none."""
-        return self.state.manifest.version if isinstance(self.state, Live) else 0
+        if not isinstance(self.state, Live):
+            return 0
+        return self.state.manifest.version - bool(self._behind.busy or self._behind.failure)
 
     # --- turns -------------------------------------------------------------------------------
 
-    async def turn(self, turn: Turn, deltas: Deltas) -> Done:
+    async def turn(self, asked: UnderWay) -> Done:
         """Runs a turn and commits it, or finds it committed. RoostError if its state change did not happen
         (or, for TURN_NOT_COMMITTED, may or may not have: sending it again tells)."""
-        async with self._one_at_a_time():
+        async with self._one_at_a_time(asked):
             try:
-                return await self._turn(turn, deltas)
+                return await self._turn(asked)
             except JailGone as gone:
+                error = self._eviction() or self._setback() or crash(gone.exit)
                 await self._sleep()
-                raise self._eviction() or crash(gone.exit) from gone
+                raise error from gone
             except RoostError as error:
                 if error.reason is Reason.EPOCH_STALE and self._evicted is None:
                     self._evicted = error.message
+                told = self._told_instead(error) or error
                 await self._sleep()
-                raise self._eviction() or self._suspension(error) or error from error
+                raise told from error
             except BaseException:
                 await self._sleep()
                 raise
@@ -97,42 +124,92 @@ class Instance:
                 self.idle_since = self._parts.clock()
 
     @asynccontextmanager
-    async def _one_at_a_time(self) -> AsyncIterator[None]:
+    async def _one_at_a_time(self, asked: UnderWay) -> AsyncIterator[None]:
         if self._queued >= _MAX_QUEUED:
-            raise RoostError(
-                Reason.DEADLINE, f"{_MAX_QUEUED} turns of {self.key} wait already", "send it again in a while"
-            )
+            raise refusals.too_many(self.key, _MAX_QUEUED)
         self._queued += 1
         try:
-            async with self._lock:
+            if self._lock.locked():
+                asked.deltas.note("another turn is under way")
+            await self._wait_for(asked)
+            try:
                 yield
+            finally:
+                self._lock.release()
         finally:
             self._queued -= 1
 
-    async def _turn(self, turn: Turn, deltas: Deltas) -> Done:
+    async def _wait_for(self, asked: UnderWay) -> None:
+        try:
+            async with asked.interruptible():
+                await self._lock.acquire()
+        except RoostError:
+            if isinstance(self.state, Live) and self.state.manifest.turn(asked.turn.id) is None:
+                raise
+            # It may have been applied before it was sent again: that is to be looked up first.
+            await self._lock.acquire()
+
+    async def _turn(self, asked: UnderWay) -> Done:
         for _ in range(2):  # an agent that ended between turns is started again, once
+            failpoint("node.turn.taken")
             self._check_owner()
+            await self._stand_on_firm_ground(asked.turn)
             match self.state:
                 case Live() as live:
-                    resumed_from = common_pb2.LIVE
-                case _:
-                    self.state = Asleep(told=False)  # a fetch counts as waking, whatever comes of it
-                    committed = await self._parts.control.fetch(self.key, self.epoch, FETCH_SECONDS)
-                    manifest = await self._parts.state.load(self.key, committed.version, committed.root)
-                    if done := self._replay(manifest, turn, common_pb2.DISK):
-                        return done
-                    live = await self._start(committed, manifest)
                     resumed_from = live.resumed_from
-            if done := self._replay(live.manifest, turn, resumed_from):
+                case _:
+                    committed, manifest = await self._fetched()
+                    if done := self._replay(manifest, asked.turn, common_pb2.DISK):
+                        return done
+                    asked.check()
+                    self.state = live = await self._process.start(committed, manifest, asked.deltas.note)
+                    resumed_from = live.resumed_from
+            if done := self._replay(live.manifest, asked.turn, resumed_from):
                 return done
-            self._parts.records.set_busy(self.jail_id)
+            asked.check()
+            self._process.turn_begins()
             try:
-                reply = await run_turn(live.jail, turn, deltas, live.agent.policy.run.turn_timeout)
+                async with asked.interruptible():
+                    reply, beside = await self._run(live, asked)
             except JailGone:
                 await self._sleep()
                 continue
-            return await self._commit(live, turn, reply, resumed_from)
+            failpoint("node.turn.replied")
+            asked.commits()
+            return await self._commit(asked.turn, reply, resumed_from, beside)
         raise RoostError(Reason.AGENT_CRASHED, "the agent ends whenever it has nothing to do")
+
+    async def _stand_on_firm_ground(self, turn: Turn) -> None:
+        """What is looked up or woken from is committed; what runs builds on no commit that failed."""
+        if not isinstance(self.state, Live) or self.state.manifest.turn(turn.id):
+            await self._behind.wait()
+        if self._behind.failure:
+            await self._sleep()
+
+    async def _fetched(self) -> tuple[CommittedState, StateManifest]:
+        """What the mesh has of it. Asking counts as waking, whatever comes of it."""
+        self.state = Asleep(told=False)
+        committed = await self._parts.control.fetch(self.key, self.epoch, FETCH_SECONDS)
+        self._effects.woken(committed.unfinished)
+        state = self._parts.state.beside(committed.inline)
+        return committed, await state.load(self.key, committed.version, committed.root)
+
+    async def _run(self, live: Live, asked: UnderWay) -> tuple[str, Beside]:
+        """The reply, and what becomes true with it. When it is there, the commit of the turn before has ended
+        well."""
+        run = live.agent.policy.run
+        if live.agent.policy.state.durability is Durability.STRICT:
+            asked.deltas.hold()
+        turn = asked.turn
+        self._tasks = tasks = self._parts.tasks.of_turn(live.agent, live.jail, turn.id)
+        calls = await self._effects.of_turn(turn.id, turn.timer, live.jail, tasks.tell)
+        failpoint("node.turn.before_agent")
+        speaking = speaker_of(run).turn(live.jail, turn, asked.deltas, tasks, calls, run.turn_timeout)
+        reply = await calls.around(speaking)
+        await self._behind.wait()
+        if error := self._setback():
+            raise error
+        return reply, calls.beside()
 
     def _replay(
         self, manifest: StateManifest, turn: Turn, resumed_from: common_pb2.ResumedFrom.ValueType
@@ -141,14 +218,10 @@ class Instance:
         if recorded is None:
             return None
         if recorded.reply is None:
-            raise RoostError(
-                Reason.TURN_REPLY_GONE,
-                f"turn {turn.id} was applied, but its reply is no longer kept",
-                "send new messages under new turn ids",
-            )
+            raise refusals.reply_gone(turn.id)
         receipt = self._receipt(manifest.version, resumed_from, manifest.version)
         receipt.replayed = True
-        return Done(recorded.reply, receipt)
+        return Done(recorded.reply, receipt, manifest)
 
     def _receipt(
         self, version: int, resumed_from: common_pb2.ResumedFrom.ValueType, resumed_version: int
@@ -159,147 +232,148 @@ class Instance:
             version=version,
             resumed_from=resumed_from,
             resumed_version=resumed_version,
+            durable=True,
         )
 
     # --- commit ------------------------------------------------------------------------------
 
     async def _commit(
-        self, live: Live, turn: Turn, reply: str, resumed_from: common_pb2.ResumedFrom.ValueType
+        self, turn: Turn, reply: str, resumed_from: common_pb2.ResumedFrom.ValueType, beside: Beside
     ) -> Done:
+        live = self.state
+        assert isinstance(live, Live)
         try:
-            async with self.freezer.frozen("capture"):
-                captured = await self._parts.state.capture(live.jail.files, live.index)
+            captured = await self._process.capture(live)
         except JailGone as gone:  # it replied and ended, before its files could be read
             raise crash(gone.exit) from gone
+        failpoint("node.commit.captured")
         base = live.manifest
-        manifest = replace(base, epoch=self.epoch, version=base.version + 1, nodes=captured.nodes).with_turn(
-            turn.id, reply
-        )
-        root, index = await self._parts.commits.publish(
-            self.key, captured, manifest, turn.id, lambda: self._evicted is not None
-        )
-        self.state = replace(live, manifest=manifest, index=index)
+        manifest = replace(
+            base,
+            epoch=self.epoch,
+            version=base.version + 1,
+            nodes=captured.nodes,
+            parent=live.root,
+            made_ms=time.time_ns() // 1_000_000,
+            node=self._parts.node,
+            note="",
+        ).with_turn(turn.id, reply)
+        done = Done(reply, self._receipt(manifest.version, resumed_from, base.version), base)
+        # A node that may have lost the instance gives nothing out that is not committed.
+        if live.agent.policy.state.durability is Durability.ASYNC and self._may_leave():
+            done.receipt.durable = False
+            self.state = replace(live, manifest=manifest, index=captured.index, resumed_from=common_pb2.LIVE)
+            behind = self._publish_behind(live.agent, captured, manifest, turn.id, beside)
+            self._behind.begin(behind, f"commit of {self.key} version {manifest.version}")
+            return done
+        root, index = await self._publish(captured, manifest, turn.id, beside)
+        self.state = replace(live, manifest=manifest, index=index, root=root, resumed_from=common_pb2.LIVE)
         try:
-            await self._record(live.agent, manifest, root, index)
+            await self._process.record(live.agent, manifest, root, index)
+            await self.freezer.settled()
         except RoostError:  # the turn is committed all the same; only this node can't go on with it
-            log.exception("%r: a committed turn is not recorded here, so its process ends", self)
+            log.exception("%r: a committed turn is not recorded here, or its jail not thawed; it ends", self)
             await self._sleep()
-        return Done(reply, self._receipt(manifest.version, resumed_from, base.version))
+        failpoint("node.commit.recorded")
+        return done
 
-    async def _record(self, agent: Agent, manifest: StateManifest, root: str, index: Index) -> None:
-        text = await asyncio.to_thread(index.to_json)  # of a large tree it takes a while
-        self._parts.records.put(
-            NodeRecord(self.jail_id, self.key, self.epoch, manifest.version, root, agent, False, text)
+    async def _publish(
+        self, captured: Snapshot, manifest: StateManifest, turn_id: str, beside: Beside
+    ) -> tuple[str, Index]:
+        root, index = await self._parts.commits.publish(
+            self.key, captured, manifest, turn_id, lambda: self._evicted is not None, beside
         )
+        failpoint("node.commit.answered")
+        self._effects.ended(turn_id)
+        self._parts.offer(self.key, manifest.version, root)
+        return root, index
+
+    async def _publish_behind(
+        self, agent: Agent, captured: Snapshot, manifest: StateManifest, turn_id: str, beside: Beside
+    ) -> None:
+        """The next turn may be under way meanwhile, or may have failed."""
+        root, index = await self._publish(captured, manifest, turn_id, beside)
+        if isinstance(self.state, Live):
+            self.state = replace(self.state, index=index, root=root)
+        try:
+            await self._process.record(agent, manifest, root, index)
+        except RoostError:  # its record says that a turn was under way: then it is not gone on with
+            log.exception("%r: a committed turn is not recorded here", self)
+
+    async def _lost_behind(self, error: RoostError) -> None:
+        log.warning("%s: a turn is lost that was given out before its commit: %s", self.key, error.message)
+        if error.reason is Reason.EPOCH_STALE and self._evicted is None:
+            self._evicted = error.message
+        await self._process.kill()
+
+    async def settled(self) -> None:
+        """Waits until no commit is under way behind its turns."""
+        await self._behind.wait()
+
+    async def stop(self) -> None:
+        """The daemon ends. A commit that is under way may or may not come about."""
+        await self._behind.cancel()
 
     # --- waking and sleeping -----------------------------------------------------------------
 
-    async def _start(self, committed: CommittedState, manifest: StateManifest) -> Live:
-        agent, parts = committed.agent, self._parts
-        parts.reservations.claim(self.key, self.epoch, agent.policy.need, parts.clock())
-        await parts.state.bundles.ensure(agent.version, agent.bundle_root)
-        known = parts.records.get(self.jail_id)
-        lay = await asyncio.to_thread(_index_of, known) if known else None
-        for way in parts.starts.ways(agent, is_new_here=known is None):
-            began = parts.clock()
-            try:
-                index = await self._start_by(way, committed, manifest, lay)
-            except (RoostError, JailGone) as error:
-                if isinstance(way, Exec) or is_agents_fault(error):
-                    raise
-                log.warning("%s can't be started by %s: %s", self.key, name_of(way), error)
-                continue
-            log.info("%s: %s, %.1f ms", self.key, name_of(way), (parts.clock() - began) * 1000)
-            break
-        if committed.version == 0:
-            resumed_from = common_pb2.NEW
-        elif known and lay and known.version == committed.version:
-            resumed_from = common_pb2.DISK
-        else:
-            resumed_from = common_pb2.BLOBS
-        assert self._jail is not None
-        self.state = live = Live(self._jail, agent, manifest, index, resumed_from)
-        return live
-
-    async def _start_by(
-        self, way: Way, committed: CommittedState, manifest: StateManifest, lay: Index | None
-    ) -> Index:
-        """Leaves the running agent's jail in `_jail`, or nothing behind."""
-        parts, run = self._parts, committed.agent.policy.run
-        own_id = self.jail_id
-        jail = way.jail if isinstance(way, Parked) else await self._make(committed.agent, way)
-        self._jail = jail
-        try:
-            self.jail_id = jail.jail_id
-            self.freezer.attach(jail)
-            if isinstance(way, Parked) and committed.version == 0:
-                index = parts.state.nothing()
-            else:
-                index = await parts.state.restore(jail.files, manifest, lay)
-            await self._record(committed.agent, manifest, committed.root, index)
-            self._check_owner()
-            if not isinstance(way, Parked):
-                await jail.start()
-                await wait_ready(jail, run.start_timeout)
-        except BaseException:
-            self._jail = None
-            self.freezer.detach()
-            await jail.kill()
-            if isinstance(way, Parked):
-                self.jail_id = own_id
-                parts.records.delete(jail.jail_id)
-                with suppress(RoostError):  # then the next start of the node removes it
-                    await parts.jails.discard(jail.jail_id)
-            raise
-        return index
-
-    async def _make(self, agent: Agent, way: Way) -> Jail:
-        policy = agent.policy
-        return await self._parts.jails.make(
-            JailSpec(
-                jail_id=self.jail_id,
-                bundle=agent.version,
-                argv=python_argv(policy.run.entry),
-                limits=policy.need,
-                zygote=way.jail_id if isinstance(way, FromZygote) else "",
-            )
-        )
-
     async def adopt(self, jail: Jail, record: NodeRecord) -> None:
-        """Goes on with a jail that an earlier daemon of this node started and left between turns.
+        """See `Process.adopt`."""
+        self.state = await self._process.adopt(jail, record)
 
-        No need to ask what is committed: only this node can have committed in this epoch, and it was not
-        at it. If the epoch is over, the coordinator says so when the node registers.
-        """
-        manifest = await self._parts.state.load(self.key, record.version, record.root)
-        self._parts.reservations.claim(self.key, self.epoch, record.agent.policy.need, self._parts.clock())
-        self._jail = jail
-        self.freezer.attach(jail)
-        self.state = Live(jail, record.agent, manifest, _index_of(record), common_pb2.LIVE)
+    async def resize(self, need: Resources) -> bool:
+        """See `Process.resize`."""
+        return await self._process.resize(need)
 
     async def _sleep(self) -> None:
         """Ends the process, if any; what is not committed is gone."""
-        state = self.state
-        if not isinstance(state, Lost):
+        if not isinstance(self.state, Lost):
             self.state = Asleep(told=False)
-        try:
-            if isinstance(state, Live):
-                self._jail = None
-                self.freezer.detach()
-                await state.jail.kill()
-        finally:
-            self._parts.reservations.release(self.key, self.epoch)
+        self._behind.failure = None
+        await self._process.end()
 
-    async def hibernate_if_idle(self, now: float) -> bool:
-        """Ends the process if nobody has talked to it for the policy's idle_timeout."""
+    async def wake(self) -> None:
+        """Starts its process, if it has none, before anybody calls."""
+        async with self._lock:
+            if isinstance(self.state, Live):
+                return
+            try:
+                self._check_owner()
+                self.state = await self._process.start(*await self._fetched(), lambda text: None)
+            except BaseException as error:
+                await self._sleep()
+                if isinstance(error, JailGone):
+                    raise self._eviction() or crash(error.exit) from error
+                raise
+            finally:
+                self.idle_since = self._parts.clock()
+
+    @asynccontextmanager
+    async def between_turns(self, timeout: float) -> AsyncIterator[None]:
+        """No turn runs and the jail stands still while the block lasts; turns that come wait. MOVE_GIVEN_UP
+        if one runs on for `timeout` seconds, EPOCH_STALE if this node does not own it."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._lock.acquire()
+        except TimeoutError as error:
+            raise refusals.turn_goes_on(self.key, timeout) from error
+        try:
+            await self._behind.wait()
+            self._check_owner()
+            async with self.freezer.frozen("move"):
+                yield
+        finally:
+            self._lock.release()
+
+    async def hibernate_if_idle(self, now: float, after: float | None = None) -> bool:
+        """Ends the process if nobody has talked to it for `after` seconds: by default the policy's."""
         live = self.state
-        if (
-            self.busy
-            or not isinstance(live, Live)
-            or now - self.idle_since < live.agent.policy.run.idle_timeout
-        ):
+        if self.busy or not isinstance(live, Live):
+            return False
+        after = live.agent.policy.run.idle_timeout if after is None else after
+        if now - self.idle_since < after and not self._behind.failure:
             return False
         async with self._lock:
+            failpoint("node.sleep.before_end")
             await self._sleep()
         return True
 
@@ -309,6 +383,7 @@ class Instance:
             return
         async with self._lock:
             try:
+                failpoint("node.sleep.before_tell")
                 await self._parts.control.hibernated(self.key, self.epoch, TELL_SECONDS)
             except RoostError as error:
                 if error.reason is not Reason.EPOCH_STALE:
@@ -318,11 +393,17 @@ class Instance:
 
     # --- ownership ---------------------------------------------------------------------------
 
+    async def suspend(self, reason: str) -> None:
+        """Freezes it while this node may not be its owner. Its tasks end: they are not worth keeping."""
+        if self._tasks is not None:
+            self._tasks.end(suspended())
+        await self.freezer.hold(reason)
+
     async def evict(self, why: str) -> None:
         """Ends it for good, in the middle of a turn if need be. Its files may then be discarded."""
         self._evicted = why
-        if self._jail is not None:
-            await self._jail.kill()
+        await self._process.kill()
+        await self._behind.cancel()
         async with self._lock:
             await self._sleep()
             self.state = Lost(why)
@@ -334,28 +415,25 @@ class Instance:
         return self._evicted
 
     def _eviction(self) -> RoostError | None:
-        if self._evicted is None:
-            return None
-        return RoostError(
-            Reason.EPOCH_STALE,
-            f"node {self._parts.node} does not own {self.key} any more: {self._evicted}",
-            "resolve again, and send the turn again under the same id",
-        )
+        return refusals.not_owner(self._parts.node, self.key, self._evicted) if self._evicted else None
 
-    def _suspension(self, error: RoostError) -> RoostError | None:
-        """A node that stood still sees deadlines pass that were nobody's fault: it must not judge by them."""
-        if error.reason is Reason.EPOCH_STALE or self._parts.tenure.trusted(self._parts.clock()):
+    def _setback(self) -> RoostError | None:
+        return refusals.built_on(self._behind.failure) if self._behind.failure else None
+
+    def _told_instead(self, error: RoostError) -> RoostError | None:
+        if error.reason is Reason.TURN_CANCELLED:
             return None
-        return RoostError(
-            Reason.NODE_SUSPENDED,
-            f"node {self._parts.node} lost touch with its coordinator during the turn ({error.message})",
-            "resolve again, and send the turn again under the same id",
-        )
+        if told := self._eviction() or self._setback():
+            return told
+        # A node that stood still sees deadlines pass that were nobody's fault: it must not judge by them.
+        if self._parts.tenure.trusted(self._parts.clock()):
+            return None
+        return refusals.lost_touch(self._parts.node, error)
+
+    def _may_leave(self) -> bool:
+        """May what its agent sends leave this node? Asked for every piece."""
+        return self._evicted is None and self._parts.tenure.trusted(self._parts.clock())
 
     def _check_owner(self) -> None:
         if eviction := self._eviction():
             raise eviction
-
-
-def _index_of(record: NodeRecord | None) -> Index | None:
-    return Index.from_json(record.index) if record is not None and record.index else None

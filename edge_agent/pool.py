@@ -14,6 +14,7 @@ from shared.resources import Resources, fits
 WINDOW = 30.0  # seconds; as many starts as fell into it are prepared for
 QUIET = 120.0  # seconds without a start, after which none is parked
 MOST = 32  # of one version
+PAUSE = 0.1  # seconds after a start in which the machine is its user's, unless few still wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ def decide(demands: Mapping[str, Demand], spare: Resources, now: float) -> dict[
                 break
             taken += demand.need
             granted += 1
+        if granted > demand.waiting and _must_not_be_disturbed(demand, now):
+            continue
         if granted != demand.waiting:
             changes[version] = granted - demand.waiting
     return changes
@@ -51,3 +54,8 @@ def _wanted(demand: Demand, now: float) -> int:
     if not demand.starts or now - demand.starts[-1] >= QUIET:
         return 0
     return max(1, sum(now - start < WINDOW for start in demand.starts))
+
+
+def _must_not_be_disturbed(demand: Demand, now: float) -> bool:
+    """Making jails takes processor time from the first turn of whoever has just come."""
+    return now - demand.starts[-1] < PAUSE and demand.waiting >= _wanted(demand, now) // 2

@@ -13,6 +13,8 @@ from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
 from shared.resources import Resources, fits
 
+Holder = InstanceKey | str  # an instance, or the id of a task's jail
+
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
@@ -25,17 +27,17 @@ class Reservations:
     def __init__(self, node: str, capacity: Resources) -> None:
         self.capacity = capacity
         self._node = node
-        self._kept: dict[InstanceKey, _Kept] = {}
+        self._kept: dict[Holder, _Kept] = {}
 
     def reserve(self, key: InstanceKey, epoch: int, need: Resources, now: float, hold: float) -> None:
         """Keeps room for `hold` seconds. NODE_FULL if there is none. Repeating it renews it."""
         self._keep(key, _Kept(epoch, need, now + hold), now)
 
-    def claim(self, key: InstanceKey, epoch: int, need: Resources, now: float) -> None:
+    def claim(self, key: Holder, epoch: int, need: Resources, now: float) -> None:
         """Keeps room until `release`. NODE_FULL if there is none; always succeeds on what is reserved."""
         self._keep(key, _Kept(epoch, need, math.inf), now)
 
-    def release(self, key: InstanceKey, epoch: int) -> None:
+    def release(self, key: Holder, epoch: int) -> None:
         """What is kept for a later epoch stays: an instance that is on its way out does not speak for it."""
         kept = self._kept.get(key)
         if kept is not None and kept.epoch <= epoch:
@@ -45,7 +47,7 @@ class Reservations:
         self._expire(now)
         return sum((kept.need for kept in self._kept.values()), Resources())
 
-    def _keep(self, key: InstanceKey, wanted: _Kept, now: float) -> None:
+    def _keep(self, key: Holder, wanted: _Kept, now: float) -> None:
         mine = self._kept.get(key)
         others = self.total(now) - (mine.need if mine and mine.until > now else Resources())
         if not fits(wanted.need, others, self.capacity):

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, assert_never
 
 from edge_agent import pool
 from edge_agent.control import Agent
-from edge_agent.jail.api import Jail, JailGone, Jails, JailSpec, Zygote
-from edge_agent.jail.python import python_argv, zygote_argv
+from edge_agent.egress.proxy import Egress
+from edge_agent.jail.api import Jail, JailGone, Jails, Zygote
+from edge_agent.jail.python import PARKED_VARIABLE
 from edge_agent.reservations import Reservations
+from edge_agent.specs import of_instance, of_zygote
 from edge_agent.turns import wait_ready
 from shared.errors import Reason, RoostError
 from shared.policy import Start
@@ -31,6 +34,7 @@ PERIOD = 0.5
 ZYGOTE_QUIET = 600.0  # seconds without a start after which it is ended
 _FAILURES = 2
 _PAUSE = 5.0  # seconds before a zygote is started again
+_ZYGOTE_ID = re.compile(r"zygote-.*-[0-9a-f]{16}")  # an instance's ends with 24
 _AT_ONCE = 2  # jails that are parked at the same time
 
 
@@ -74,17 +78,20 @@ def is_agents_fault(error: RoostError | JailGone) -> bool:
 @dataclass(slots=True)
 class _Version:
     agent: Agent
+    packages: str
     demand: pool.Demand
     parked: list[Jail] = field(default_factory=list)
     parking: int = 0
     zygote: Zygote | None = None
     preparing: bool = False  # the zygote
+    tried: asyncio.Event = field(default_factory=asyncio.Event)  # to prepare it
     failures: int = 0
     not_before: float = 0.0
 
     @property
     def start(self) -> Start:
-        return self.agent.policy.run.start
+        run = self.agent.policy.run
+        return run.start if run.entry else Start.EXEC
 
     @property
     def live_zygote(self) -> Zygote | None:
@@ -98,26 +105,24 @@ class Starts:
         self,
         jails: Jails,
         reservations: Reservations,
+        egress: Egress,
         clock: Callable[[], float],
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._jails = jails
         self._reservations = reservations
+        self._egress = egress
         self._clock = clock
         self._changed = changed
         self._versions: dict[str, _Version] = {}
+        self._held_back = False
         self._trash: set[str] = set()  # directories of what was ended
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def ways(self, agent: Agent, is_new_here: bool) -> Iterator[Way]:
-        """What to try, in this order. A Parked one belongs to the caller from then on. `is_new_here`: the
-        instance has no directory on this node."""
-        version = self._versions.get(agent.version)
-        if version is None:
-            need = agent.policy.need
-            version = self._versions[agent.version] = _Version(agent, pool.Demand(need, (), 0))
-        version.demand = version.demand.started(self._clock())
-        self._changed()
+    def ways(self, agent: Agent, packages: str, is_new_here: bool) -> Iterator[Way]:
+        """What to try, in this order. A Parked one belongs to the caller from then on. `packages`: see
+        JailSpec. `is_new_here`: the instance has no directory on this node."""
+        version = self._wanted(agent, packages)
         version.parked = self._alive(version.parked)
         if is_new_here and version.parked:
             yield Parked(version.parked.pop())
@@ -125,12 +130,55 @@ class Starts:
             yield FromZygote(zygote.jail_id)
         yield Exec()
 
+    async def expect(self, agent: Agent, packages: str, seconds: float) -> None:
+        """One of this version will be started here soon. Returns when there is a zygote of it, or one can't
+        be had, or `seconds` are over."""
+        version = self._wanted(agent, packages)
+        if version.start is not Start.EXEC:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await version.tried.wait()
+
+    def _wanted(self, agent: Agent, packages: str) -> _Version:
+        version = self._versions.get(agent.version)
+        if version is None:
+            need = agent.policy.need
+            version = self._versions[agent.version] = _Version(agent, packages, pool.Demand(need, (), 0))
+        version.demand = version.demand.started(self._clock())
+        self._changed()
+        return version
+
+    def left_behind(self, jail_id: str) -> None:
+        """A directory of an earlier daemon's that could not be removed. A zygote's, whose uid owns namespaces
+        of instances that live on, is tried again; any other may be in use again by then."""
+        if _ZYGOTE_ID.fullmatch(jail_id):
+            self._trash.add(jail_id)
+
+    def discard(self, jail_id: str) -> None:
+        """Its directory is of no more use, and goes soon. Should it be used again all the same, nothing is
+        wrong, even if it goes then: files count for nothing until they were looked at."""
+        self._trash.add(jail_id)
+        self._changed()
+
+    @property
+    def parked(self) -> int:
+        """Jails that wait for a user, and those on their way to."""
+        return sum(len(version.parked) + version.parking for version in self._versions.values())
+
+    def hold_back(self, held_back: bool) -> None:
+        """While held back, nothing is kept ready, and what is parked ends; instances start all the same."""
+        if held_back != self._held_back:
+            self._held_back = held_back
+            self._changed()
+
     # --- background --------------------------------------------------------------------------------------
 
     async def reconcile(self) -> None:
         """One pass. What takes time goes on in tasks, which the next pass counts."""
         now = self._clock()
         spare = self._reservations.capacity - self._reservations.total(now)
+        if self._held_back:
+            spare = Resources()
         for name, version in list(self._versions.items()):
             version.parked = self._alive(version.parked)
             self._keep_zygote(name, version, spare, now)
@@ -160,6 +208,8 @@ class Starts:
             name: pool.Demand(v.demand.need, v.demand.starts, len(v.parked) + v.parking)
             for name, v in self._versions.items()
             if v.start in (Start.AUTO, Start.PARKED) and (v.live_zygote or v.parked)
+            # A device that nobody uses is not kept from those who would.
+            if not v.demand.need.devices
         }
 
     def _keep_zygote(self, name: str, version: _Version, spare: Resources, now: float) -> None:
@@ -189,11 +239,9 @@ class Starts:
         version.not_before = now + _PAUSE
 
     async def _prepare(self, name: str, version: _Version) -> None:
-        agent, need = version.agent, version.demand.need
+        agent = version.agent
         jail_id = f"zygote-{name[:24]}-{uuid.uuid4().hex[:16]}"
-        # At least a core: it works for many, and its forks begin within its own limits.
-        limits = Resources(need.memory_bytes, max(1000, need.cpu_millis), max(32, need.pids))
-        spec = JailSpec(jail_id, name, zygote_argv(agent.policy.run.entry), limits=limits)
+        spec = of_zygote(jail_id, agent, self._reservations.capacity.memory_bytes, version.packages)
         began = self._clock()
         try:
             version.zygote = await self._jails.zygote(spec)
@@ -204,21 +252,21 @@ class Starts:
             log.info("%s is started by executing it: %s", name, error.message)
         finally:
             version.preparing = False
+            version.tried.set()
         self._changed()
 
     async def _park(self, version: _Version) -> None:
-        run = version.agent.policy.run
+        run, network = version.agent.policy.run, version.agent.policy.network
         jail_id = f"{version.agent.policy.agent.name[:24]}-parked-{uuid.uuid4().hex[:24]}"
         try:
             zygote = version.live_zygote
             if zygote is None:
                 return
-            argv = python_argv(run.entry)
-            spec = JailSpec(
-                jail_id, version.agent.version, argv, limits=version.demand.need, zygote=zygote.jail_id
-            )
+            spec = of_instance(jail_id, version.agent, version.demand.need, version.packages, zygote.jail_id)
+            spec = replace(spec, env={**spec.env, PARKED_VARIABLE: "1"})
             jail = await self._jails.make(spec)
             try:
+                await self._egress.prepare(jail, network)
                 await jail.start()
                 await wait_ready(jail, run.start_timeout)
                 await _check_untouched(jail)

@@ -10,19 +10,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
-from edge_agent.control import Agent
 from edge_agent.instance import Instance
 from edge_agent.jail.api import Jail
-from edge_agent.phases import Done, Live, Parts
+from edge_agent.moving import Moving
+from edge_agent.phases import Live, Parts
+from edge_agent.pressure import Idle
 from edge_agent.records import NodeRecord
-from edge_agent.turns import Deltas, Turn
+from edge_agent.turns import Turn
+from edge_agent.under_way import UnderWay
 from protos.v1 import common_pb2, link_pb2
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey, Ticket
+from shared.resources import Resources
 
 log = logging.getLogger(__name__)
 
@@ -45,49 +49,70 @@ class Supervisor:
         self._peers = peers
         self._instances: dict[InstanceKey, Instance] = {}
         self._changing: dict[InstanceKey, asyncio.Lock] = {}
-        self._turns: set[asyncio.Task[Done]] = set()
+        self._turns: set[asyncio.Task[None]] = set()
+        self._under_way: dict[tuple[Instance, str], UnderWay] = {}  # by the turn's id
         self._discards: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._moving = Moving(parts, self._instance, self.reserve)
 
     # --- for Attach --------------------------------------------------------------------------
 
     @asynccontextmanager
     async def attached(self, ticket: Ticket) -> AsyncIterator[Instance]:
         """The ticket's instance, kept in place while the block lasts. EPOCH_STALE if a newer one is known."""
+        async with self._kept(ticket.key, ticket.epoch) as instance:
+            yield instance
+
+    @asynccontextmanager
+    async def _kept(self, key: InstanceKey, epoch: int) -> AsyncIterator[Instance]:
         self.check_serving()
-        instance = await self._instance(ticket.key, ticket.epoch)
+        instance = await self._instance(key, epoch)
         instance.attached += 1
         try:
             yield instance
         finally:
             instance.attached -= 1
 
-    def begin(self, instance: Instance, turn: Turn, deltas: Deltas) -> asyncio.Task[Done]:
-        """Starts a turn that goes on even if its client leaves."""
+    def begin(self, instance: Instance, turn: Turn, patience: float = math.inf) -> UnderWay:
+        """Starts a turn that goes on even if its client leaves, or joins the one of this id that is under
+        way. `patience`: seconds from now that the client will wait."""
         self.check_serving()
-        task = asyncio.create_task(self._turn(instance, turn, deltas), name=f"turn {instance.key}")
+        name = (instance, turn.id)
+        known = self._under_way.get(name)
+        if known is not None and known.join(patience):
+            return known
+        asked = self._under_way[name] = UnderWay(turn, patience)
+        task = asyncio.create_task(self._turn(instance, asked), name=f"turn {instance.key}")
         self._turns.add(task)
-        task.add_done_callback(self._ended)
-        return task
+        task.add_done_callback(self._turns.discard)
+        return asked
 
-    def _ended(self, task: asyncio.Task[Done]) -> None:
-        self._turns.discard(task)
-        if not task.cancelled() and (error := task.exception()) and not isinstance(error, RoostError):
-            log.error("%s failed by a bug", task.get_name(), exc_info=error)
-
-    async def _turn(self, instance: Instance, turn: Turn, deltas: Deltas) -> Done:
+    async def _turn(self, instance: Instance, asked: UnderWay) -> None:
         try:
-            return await instance.turn(turn, deltas)
+            asked.end(await instance.turn(asked))
+        except RoostError as error:
+            asked.end(error)
+        except asyncio.CancelledError:
+            asked.end(_stopped(self._info.id))
+            raise
+        except Exception as error:
+            log.exception("a turn of %s failed by a bug", instance.key)
+            asked.end(RoostError(Reason.INTERNAL, f"node {self._info.id} failed; its log says how: {error}"))
         finally:
-            deltas.close()
+            if self._under_way.get((instance, asked.turn.id)) is asked:
+                del self._under_way[instance, asked.turn.id]
 
     async def finish_turns(self, timeout: float) -> None:
-        """Accepts no more turns, and waits for those under way."""
+        """Accepts no more turns, and waits for those under way, and for commits behind them."""
         self._stopping = True
-        if self._turns:
-            await asyncio.wait(self._turns, timeout=timeout)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                if self._turns:
+                    await asyncio.wait(self._turns)
+                await self._each(Instance.settled)
         for task in self._turns:
             task.cancel()
+        await self._each(Instance.stop)
 
     def check_serving(self) -> None:
         """NODE_STOPPING or NODE_SUSPENDED if no turns are taken now."""
@@ -142,9 +167,28 @@ class Supervisor:
             load=os.getloadavg()[0] / (os.cpu_count() or 1),
         )
 
-    def reserve(self, key: InstanceKey, epoch: int, agent: Agent, hold: float) -> None:
+    def reserve(self, key: InstanceKey, epoch: int, need: Resources, hold: float) -> None:
         self.check_serving()
-        self._parts.reservations.reserve(key, epoch, agent.policy.need, self._parts.clock(), hold)
+        self._parts.reservations.reserve(key, epoch, need, self._parts.clock(), hold)
+
+    async def resize(self, key: InstanceKey, epoch: int, need: Resources, hold: float) -> None:
+        self.check_serving()
+        instance = self._instances.get(key)
+        if instance is None or instance.epoch != epoch or not await instance.resize(need):
+            self.reserve(key, epoch, need, hold)
+
+    async def wake(self, key: InstanceKey, epoch: int, turn_id: str, message: str, timer: str) -> None:
+        """Runs a turn that a timer starts, with nobody to hear it. Returns when it is committed. Asked again
+        meanwhile, by a coordinator that can't know of it, it is still the same turn."""
+        async with self._kept(key, epoch) as instance:
+            done = await self.begin(instance, Turn(turn_id, key.user, message, timer)).outcome()
+            if not done.receipt.durable:
+                await instance.settled()
+        log.info("%s: timer %s ran, version %d", key, timer, done.receipt.version)
+
+    async def move(self, step: link_pb2.MoveStep) -> link_pb2.MoveStepReply:
+        self.check_serving()
+        return await self._moving.step(step)
 
     async def evict(self, key: InstanceKey, epoch: int, why: str) -> None:
         """Every epoch up to `epoch` is over."""
@@ -160,7 +204,13 @@ class Supervisor:
                 self._parts.records.delete(record.jail_id)
                 self._discard(record.jail_id)
 
+    async def salvage(self, hashes: Sequence[str]) -> None:
+        if count := await self._parts.state.salvage(hashes):
+            log.info("put %d blobs that were missing or damaged into the blob store", count)
+
     async def _remove(self, instance: Instance, why: str) -> None:
+        # What waits behind it may only go on when the eviction is known, which it is before the next await.
+        self._moving.open(instance.key)
         await instance.evict(why)
         self._instances.pop(instance.key, None)
         self._discard(instance.jail_id)
@@ -188,11 +238,15 @@ class Supervisor:
             if record is None or record.busy or not await self._adopt(record, jail):
                 log.info("jail %s was left in the middle of something: ended", jail.jail_id)
                 await jail.kill()
+        directories = await self._parts.jails.directories()
         known = {held.jail_id for held in self._parts.records.held()}
-        for jail_id in await self._parts.jails.directories():
+        known |= self._parts.packages.recover(directories)
+        for jail_id in directories:
             if jail_id not in known:
-                with suppress(RoostError):  # a zygote's uid may still own the namespaces of its instances
+                try:
                     await self._parts.jails.discard(jail_id)
+                except RoostError:
+                    self._parts.starts.left_behind(jail_id)
 
     async def _adopt(self, record: NodeRecord, jail: Jail) -> bool:
         instance = Instance(record.key, record.epoch, record.jail_id, self._parts)
@@ -212,9 +266,33 @@ class Supervisor:
             if trusted:
                 await instance.freezer.drop(_SUSPENDED)
             else:
-                await instance.freezer.hold(_SUSPENDED)
+                self._parts.egress.cut(instance.jail_id)
+                await instance.suspend(_SUSPENDED)
 
         await self._each(one)
+
+    def idle(self) -> list[Idle]:
+        """Those that run, and are not in the middle of a turn."""
+        return [
+            Idle(key, instance.idle_since)
+            for key, instance in self._instances.items()
+            if isinstance(instance.state, Live) and not instance.busy
+        ]
+
+    async def hibernate(self, keys: Sequence[InstanceKey], least_idle: float) -> list[InstanceKey]:
+        """Implements `edge_agent.relief.Sleepers`. The coordinator hears of it from `tidy`."""
+        now = self._parts.clock()
+        gone: list[InstanceKey] = []
+
+        async def one(instance: Instance) -> None:
+            if instance.key in wanted:
+                async with self._changing.setdefault(instance.key, asyncio.Lock()):
+                    if await instance.hibernate_if_idle(now, least_idle):
+                        gone.append(instance.key)
+
+        wanted = set(keys)
+        await self._each(one)
+        return gone
 
     async def tidy(self) -> None:
         """One pass: the idle hibernate, the coordinator hears of it, and what is lost goes."""
@@ -233,6 +311,7 @@ class Supervisor:
                     await instance.tell()
 
         await self._each(one)
+        self._parts.egress.prune()
         self._forget_sleepers()
 
     async def _each(self, do: Callable[[Instance], Awaitable[None]]) -> None:
@@ -257,6 +336,14 @@ class Supervisor:
             k for k, lock in self._changing.items() if k not in self._instances and not lock.locked()
         ]:
             del self._changing[key]
+
+
+def _stopped(node: str) -> RoostError:
+    return RoostError(
+        Reason.TURN_NOT_COMMITTED,
+        f"node {node} stopped before the turn was certainly committed",
+        "send it again under the same id: it is applied once",
+    )
 
 
 def _stale(key: InstanceKey, epoch: int, newer: int) -> RoostError:

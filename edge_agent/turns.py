@@ -7,15 +7,25 @@ agent sends can make the node wait longer than the turn's timeout or keep more t
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
+import os
+import signal
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from edge_agent.effects import TurnCalls
 from edge_agent.jail.api import Exit, Jail, JailGone
+from edge_agent.tasks import TurnTasks
 from shared.errors import Reason, RoostError
 from shared.rpc import MAX_TURN_BYTES
 
-_MAX_RECEIVED = 16 * MAX_TURN_BYTES  # of all messages in a turn: a reply in small pieces, with their wrapping
+_NO_SPACE = (errno.EDQUOT, errno.ENOSPC, errno.EFBIG)
+DISK_HINT = "raise resources.disk in agent.toml, or let the agent delete what need not outlive the turn"
+MAX_RECEIVED = 16 * MAX_TURN_BYTES  # of all messages in a turn: a reply in small pieces, with their wrapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,32 +33,68 @@ class Turn:
     id: str
     user: str
     message: str
+    timer: str = ""  # the name of the timer that starts it; empty: a message of the user does
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """No part of the reply: what the turn waits for, for a person to read."""
+
+    text: str
 
 
 class Deltas:
-    """Provisional text on its way to one client. What the client is too slow for waits in one buffer, which
-    the reply's size limit bounds."""
+    """Provisional text on its way to all who wait for a turn, each at their own pace. It is kept once, to the
+    end of the turn, bounded by the reply's size limit. Of notes only the last is kept, and none once there is
+    text."""
 
     def __init__(self) -> None:
-        self._text = ""
-        self._closed = False
+        self._text = io.StringIO()
+        self._note: Note | None = None
+        self._held = self._closed = False
         self._changed = asyncio.Event()
 
+    def hold(self) -> None:
+        """From here on text is not passed on: nobody may see it before it is true."""
+        self._held = True
+
     def add(self, text: str) -> None:
-        self._text += text
-        self._changed.set()
+        if not self._held:
+            self._text.write(text)
+            self._note = None
+            self._change()
+
+    def note(self, text: str) -> None:
+        self._note = Note(text)
+        self._change()
 
     def close(self) -> None:
         self._closed = True
-        self._changed.set()
+        self._change()
 
-    async def next(self) -> str | None:
-        """All text that has come since the last call; waits for some. None: there will be no more."""
-        while not self._text and not self._closed:
-            self._changed.clear()
-            await self._changed.wait()
-        text, self._text = self._text, ""
-        return text or None
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def listen(self) -> AsyncGenerator[str | Note, None]:
+        """From the beginning to the end: the newest note, or all text that has come since what was last
+        heard."""
+        heard = 0
+        seen: Note | None = None
+        while True:
+            changed = self._changed
+            if self._note is not None and self._note is not seen:
+                seen = self._note
+                yield seen
+            elif self._text.tell() > heard:
+                self._text.seek(heard)
+                text = self._text.read()  # which leaves it at the end
+                heard += len(text)
+                yield text
+            elif self._closed:
+                return
+            else:
+                await changed.wait()
 
 
 async def wait_ready(jail: Jail, timeout: float) -> None:
@@ -63,60 +109,84 @@ async def wait_ready(jail: Jail, timeout: float) -> None:
             "import less at the start, or raise run.start_timeout in agent.toml",
         ) from error
     except JailGone as gone:
-        raise _start_failed(gone.exit) from gone
+        raise start_failed(gone.exit) from gone
     if message.get("kind") != "ready":
         raise _garbage(f"it began with {_cut(message.get('kind'))} instead of 'ready'")
 
 
-async def run_turn(jail: Jail, turn: Turn, deltas: Deltas, timeout: float) -> str:
-    """The agent's reply. TURN_FAILED, TURN_TIMEOUT, AGENT_CRASHED or AGENT_OUT_OF_MEMORY otherwise.
+async def run_turn(
+    jail: Jail, turn: Turn, deltas: Deltas, tasks: TurnTasks, calls: TurnCalls, timeout: float
+) -> str:
+    """The agent's reply. TURN_FAILED, TURN_TIMEOUT, AGENT_CRASHED or AGENT_OUT_OF_MEMORY otherwise. Its tasks
+    have ended then.
 
     JailGone: the agent had ended before it got this turn.
     """
     request = {"kind": "turn", "id": turn.id, "user": turn.user, "message": turn.message}
+    if turn.timer:
+        request["timer"] = turn.timer
     try:
         async with asyncio.timeout(timeout):
             await jail.send(json.dumps(request).encode())
             try:
-                return await _reply(jail, turn.id, deltas)
+                async with tasks:
+                    return await _reply(jail, turn.id, deltas, tasks, calls)
             except JailGone as gone:
                 raise crash(gone.exit) from gone
     except TimeoutError as error:
-        raise RoostError(
-            Reason.TURN_TIMEOUT,
-            f"the agent did not answer within {timeout:g} s; its state is as it was before this turn",
-            "raise run.turn_timeout in agent.toml if it needs longer",
-        ) from error
+        raise timed_out(timeout) from error
 
 
-async def _reply(jail: Jail, turn_id: str, deltas: Deltas) -> str:
+async def _reply(jail: Jail, turn_id: str, deltas: Deltas, tasks: TurnTasks, calls: TurnCalls) -> str:
     streamed = received = 0
     while True:
         data = await jail.receive()
-        received += len(data)
-        if received > _MAX_RECEIVED:
-            raise _garbage(f"it sent more than {_MAX_RECEIVED >> 20} MiB in one turn")
         # An agent that never pauses must not keep the node from all else that it does.
         await asyncio.sleep(0)
         message = _parse(data)
+        if message.get("kind") != "run":  # of which few are kept at a time
+            received += len(data)
+        if received > MAX_RECEIVED:
+            raise _garbage(f"it sent more than {MAX_RECEIVED >> 20} MiB in one turn")
         if message.get("id") != turn_id:
             raise _garbage(f"it answered turn {_cut(message.get('id'))} during turn {turn_id!r}")
         match message:
             case {"kind": "delta", "text": str(text)}:
                 streamed += len(text.encode())
-                _check_size(streamed)
+                check_size(streamed)
                 deltas.add(text)
+            case {"kind": "run"}:
+                _within_protocol(tasks.begin, message)
+            case {"kind": "call" | "done" | "timer"}:
+                _within_protocol(calls.take, message)
             case {"kind": "reply", "text": str(text)}:
-                _check_size(len(text.encode()))
+                check_size(len(text.encode()))
                 return text
             case {"kind": "error", "message": str(text)}:
-                raise RoostError(
-                    Reason.TURN_FAILED,
-                    f"the agent failed in this turn: {text[:2000]}",
-                    "its state is as it was before; the traceback is in the node's log",
-                )
+                said = f"the agent failed in this turn: {text[:2000]}"
+                raise RoostError(Reason.TURN_FAILED, said, await _hint(jail, text))
             case _:
                 raise _garbage(f"it sent a {_cut(message.get('kind'))} that has not the right fields")
+
+
+async def _hint(jail: Jail, said: str) -> str:
+    """What to do about a turn that failed with what the agent `said`."""
+    if any(os.strerror(number) in said for number in _NO_SPACE):
+        return f"{DISK_HINT}; what is under /tmp counts as memory, and may be half of resources.memory"
+    with suppress(RoostError, JailGone):
+        if count := (await jail.usage()).oom_kills:
+            return (
+                f"since it started, the kernel killed {count} of its processes for using too much memory: "
+                "raise resources.memory in agent.toml, or use less"
+            )
+    return "its state is as it was before; the traceback is in the node's log"
+
+
+def _within_protocol(take: Callable[[dict[str, Any]], None], message: dict[str, Any]) -> None:
+    try:
+        take(message)
+    except RoostError as error:
+        raise _garbage(error.message) from error
 
 
 def _parse(data: bytes) -> dict[str, Any]:
@@ -132,11 +202,19 @@ def _parse(data: bytes) -> dict[str, Any]:
     return message
 
 
+def timed_out(timeout: float) -> RoostError:
+    return RoostError(
+        Reason.TURN_TIMEOUT,
+        f"the agent did not answer within {timeout:g} s; its state is as it was before this turn",
+        "raise run.turn_timeout in agent.toml if it needs longer",
+    )
+
+
 def _cut(value: object) -> str:
     return repr(value)[:80]
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
     if size > MAX_TURN_BYTES:
         raise RoostError(
             Reason.TURN_FAILED,
@@ -155,6 +233,13 @@ def _garbage(what: str) -> RoostError:
 
 def crash(exit: Exit) -> RoostError:
     """What an agent's unexpected end means to its user."""
+    if exit.disk_full or exit.code == -signal.SIGXFSZ:
+        return RoostError(
+            Reason.STATE_TOO_LARGE,
+            "the agent was ended, since it put more into /state than it may have; "
+            "its state is as it was before this turn",
+            DISK_HINT,
+        )
     if exit.out_of_memory:
         return RoostError(
             Reason.AGENT_OUT_OF_MEMORY,
@@ -168,7 +253,7 @@ def crash(exit: Exit) -> RoostError:
     )
 
 
-def _start_failed(exit: Exit) -> RoostError:
+def start_failed(exit: Exit) -> RoostError:
     if exit.out_of_memory:
         return RoostError(
             Reason.AGENT_START_FAILED,
