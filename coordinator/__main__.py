@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from coordinator.app import run
 from coordinator.config import CoordinatorConfig
-from shared import config, log
+from shared import config, failpoints, log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"roost-coordinator: {error}", file=sys.stderr)
         return 2
     log.setup(settings.id, arguments.log_level)
+    failpoints.enable(os.environ)
     try:
         asyncio.run(run(settings))
     except config.ConfigError as error:

@@ -15,12 +15,23 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
+from coordinator import site_peers
+from coordinator.alarms import Alarms
 from coordinator.blobs import BlobsServicer, BlobStore, open_blob_store
 from coordinator.cache import Cache
+from coordinator.collecting.collector import Collector, Settings
+from coordinator.collecting.marking import Marker
+from coordinator.collecting.rounds import Rounds
 from coordinator.config import CoordinatorConfig
+from coordinator.inline import PERIOD as INLINE_PERIOD
+from coordinator.inline import InlineCommits
+from coordinator.journal import Journals
+from coordinator.manifests import Manifests
+from coordinator.mover import PERIOD, Mover
+from coordinator.moves import Moves
 from coordinator.ownership import Ownership
 from coordinator.presence import Presence
-from coordinator.reach import open_reach
+from coordinator.reach import Reach, open_reach
 from coordinator.records import CoordinatorRecord
 from coordinator.registry import Registry, Timing
 from coordinator.resolving import Resolving
@@ -29,16 +40,21 @@ from coordinator.services.guard import Guard
 from coordinator.services.link import LinkServicer
 from coordinator.services.peer import PeerServicer
 from coordinator.services.resolver import ResolverServicer
+from coordinator.services.state import StateServicer
+from coordinator.site_peers import SitePeers
 from coordinator.store.base import Store
 from coordinator.store.etcd import open_etcd
 from coordinator.tickets import Tickets
+from coordinator.timers import Timers
 from coordinator.unused import UnusedPlacements
+from coordinator.watching import CachedView
 from protos.v1 import (
     admin_pb2_grpc,
     blobs_pb2_grpc,
     link_pb2_grpc,
     peer_pb2_grpc,
     resolver_pb2_grpc,
+    state_pb2_grpc,
 )
 from shared import rpc
 from shared.config import ConfigError
@@ -50,8 +66,10 @@ log = logging.getLogger(__name__)
 
 _STORE_TIMEOUT = 2.0  # seconds for each answer of etcd, well within the deadline of a call
 _START_PAUSE = 0.5  # seconds between attempts to reach etcd at the start
+_ALARM_PERIOD = 0.5  # seconds: a timer is that much late at most, if there is room
+_LOOK_FOR_GARBAGE = 600.0  # seconds between looks whether it is time to collect
 _STOP_GRACE = 1.0  # seconds for calls that are under way when the coordinator stops
-_SERVICES = ("Resolver", "Link", "Admin", "Blobs", "Peer")
+_SERVICES = ("Resolver", "Link", "Admin", "Blobs", "State", "Peer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +81,21 @@ class Parts:
     registry: Registry
     ownership: Ownership
     resolving: Resolving
+    reach: Reach
+    moves: Moves
+    mover: Mover
+    site_peers: SitePeers
     tickets: Tickets
     unused: UnusedPlacements
     blobs: BlobStore
+    inline: InlineCommits
+    manifests: Manifests
+    rounds: Rounds
+    collector: Collector
     timing: Timing
+    journals: Journals
+    timers: Timers
+    alarms: Alarms
 
 
 class Readiness:
@@ -153,25 +182,93 @@ async def _assemble(
     timing = Timing(config.heartbeat, config.node_ttl)
     cache = Cache(store)
     presence = Presence(store, CoordinatorRecord(config.id, address), config.lease_ttl, time.monotonic)
-    ownership = Ownership(store, cache, time.time, _STORE_TIMEOUT)
+    rounds = Rounds(store, cache, _STORE_TIMEOUT)
+    ownership = Ownership(store, cache, time.time, _STORE_TIMEOUT, rounds)
     registry = Registry(store, cache, ownership, presence, timing, time.monotonic)
     cache.on_move = registry.evict_moved
     reach = await stack.enter_async_context(open_reach(registry, cache))
     # A node keeps room for as long as the ticket that leads to it is of use.
     resolving = Resolving(store, cache, ownership, reach, hold=config.ticket_lifetime)
+    inline = InlineCommits(store, blobs, time.monotonic, _STORE_TIMEOUT)
+    moves = Moves(ownership, resolving, reach, inline, config.ticket_lifetime, time.monotonic)
+    stack.push_async_callback(moves.close)
+    settle = config.rebalance_after if config.rebalance else None
+    mover = Mover(cache, presence, resolving, moves, settle, time.monotonic)
     unused = UnusedPlacements(cache, registry, ownership, config.ticket_lifetime, time.monotonic)
     tickets = Tickets(store, config.ticket_lifetime, time.time)
-    return Parts(cache, presence, registry, ownership, resolving, tickets, unused, blobs, timing)
+    journals = Journals(store, ownership, _STORE_TIMEOUT)
+    timers = Timers(store, cache.timers_of, time.time, _STORE_TIMEOUT)
+    view = CachedView(cache, registry)
+    alarms = Alarms(config.id, view, timers, resolving, view, time.time)
+    stack.push_async_callback(alarms.close)
+    peers = SitePeers(cache, registry, tickets, time.monotonic)
+    manifests = Manifests(blobs)
+    marker = Marker(store, manifests, inline)
+    settings = Settings(config.gc.every, config.gc.grace, config.gc.rate)
+    collector = Collector(config.id, store, blobs, marker, rounds, settings)
+    return Parts(
+        cache=cache,
+        presence=presence,
+        registry=registry,
+        ownership=ownership,
+        resolving=resolving,
+        reach=reach,
+        moves=moves,
+        mover=mover,
+        site_peers=peers,
+        tickets=tickets,
+        unused=unused,
+        blobs=blobs,
+        inline=inline,
+        manifests=manifests,
+        rounds=rounds,
+        collector=collector,
+        timing=timing,
+        journals=journals,
+        timers=timers,
+        alarms=alarms,
+    )
 
 
 def _add_services(server: grpc.aio.Server, store: Store, parts: Parts, ready: Readiness) -> None:
     resolver = ResolverServicer(parts.resolving, parts.tickets)
     resolver_pb2_grpc.add_ResolverServicer_to_server(resolver, server)
-    link = LinkServicer(parts.registry, parts.ownership, parts.resolving, parts.tickets, parts.timing)
+    link = LinkServicer(
+        parts.registry,
+        parts.ownership,
+        parts.resolving,
+        parts.tickets,
+        parts.timing,
+        parts.journals,
+        parts.timers,
+        parts.inline,
+    )
     link_pb2_grpc.add_LinkServicer_to_server(link, server)
-    admin = AdminServicer(store, parts.cache, parts.registry)
+    admin = AdminServicer(
+        store,
+        parts.cache,
+        parts.registry,
+        parts.resolving,
+        parts.moves,
+        parts.mover,
+        parts.journals,
+        parts.rounds,
+    )
     admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
-    blobs_pb2_grpc.add_BlobsServicer_to_server(BlobsServicer(parts.blobs), server)
+    state = StateServicer(
+        store,
+        parts.ownership,
+        parts.resolving,
+        parts.manifests,
+        parts.inline,
+        parts.cache,
+        parts.collector,
+        parts.reach.salvage,
+    )
+    state_pb2_grpc.add_StateServicer_to_server(state, server)
+    blobs_pb2_grpc.add_BlobsServicer_to_server(
+        BlobsServicer(parts.blobs, lambda: parts.cache.gc_round), server
+    )
     peer_pb2_grpc.add_PeerServicer_to_server(PeerServicer(parts.registry), server)
     health_pb2_grpc.add_HealthServicer_to_server(ready.servicer, server)
     names = [f"roost.v1.{s}" for s in _SERVICES]
@@ -180,15 +277,23 @@ def _add_services(server: grpc.aio.Server, store: Store, parts: Parts, ready: Re
 
 def _start(services: Services, config: CoordinatorConfig, parts: Parts, ready: Readiness) -> None:
     parts.cache.start(services)
+    registry = ReconcileLoop("registry", parts.registry.reconcile, config.heartbeat)
+    parts.registry.on_goodbye = registry.wake
     loops = (
+        registry,
+        ReconcileLoop("site peers", parts.site_peers.reconcile, site_peers.PERIOD),
+        ReconcileLoop("mover", parts.mover.reconcile, PERIOD),
         # Often enough that a renewal which times out can be made good before the lease is over.
         ReconcileLoop("presence", parts.presence.keep, config.lease_ttl / 4),
-        ReconcileLoop("registry", parts.registry.reconcile, config.heartbeat),
         ReconcileLoop("unused placements", parts.unused.reconcile, config.ticket_lifetime / 4),
+        ReconcileLoop("timers", parts.alarms.reconcile, _ALARM_PERIOD),
+        ReconcileLoop("inline commits", parts.inline.reconcile, INLINE_PERIOD),
         ReconcileLoop("health", ready.tell, min(0.25, config.heartbeat)),
     )
     for loop in loops:
         services.start(loop.name, loop.run())
+    if config.gc.every > 0:
+        services.start("collect", _collect(parts, config.gc.every))
     services.start("pulse", _pulse(parts.registry, config.node_ttl / 10))
     services.start("start", _start_once(ready))
 
@@ -197,6 +302,14 @@ async def _pulse(registry: Registry, every: float) -> None:
     while True:
         registry.beat()
         await asyncio.sleep(every)
+
+
+async def _collect(parts: Parts, every: float) -> None:
+    """Not at once: coordinators often start when there is a lot to do."""
+    await parts.cache.wait_listed()
+    pause = min(every / 4, _LOOK_FOR_GARBAGE)
+    await asyncio.sleep(pause)
+    await ReconcileLoop("collect", parts.collector.reconcile, pause).run()
 
 
 async def _start_once(ready: Readiness) -> None:

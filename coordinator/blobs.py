@@ -4,16 +4,13 @@ What must hold: a Put that was answered is durable, and nothing is stored under 
 How it can fail: BLOBS_UNAVAILABLE when the store behind fails or is slow, BLOB_MISSING, BLOB_CORRUPT.
 
 Object stores are durable when they answer. For a directory obstore writes and renames without syncing, so
-`BlobStore` does that itself: a blob is written under another name, synced, renamed, and its directory
-synced. A name is therefore never seen before its bytes are on the disk.
+`BlobStore` does that itself (`coordinator.blob_directory`): blobs are written under other names, synced,
+renamed, and their directories synced. A name is therefore never seen before its bytes are on the disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
-import time
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -34,6 +31,8 @@ import grpc.aio
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
+from coordinator.blob_directory import BlobDirectory
+from coordinator.trash import Condemned, Found, Trash
 from protos.v1 import blobs_pb2, blobs_pb2_grpc
 from shared.content import Blob, is_hash
 from shared.errors import Reason, RoostError
@@ -43,12 +42,13 @@ if TYPE_CHECKING:
 
 MAX_HASHES = 10_000  # in one request
 
-_OPERATION_TIMEOUT = 15.0  # seconds, of one object
+_OPERATION_TIMEOUT = 15.0  # seconds, of one object or a few
+_LISTING_TIMEOUT = 300.0
 # The store's own retries must end before that, so that we can say what went wrong.
 _RETRIES: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 _AT_ONCE = 16  # operations on the store behind, for one request
-_INCOMING = "incoming"
-_FORGOTTEN = 3600.0  # seconds after which what lies in _INCOMING is nobody's
+_GET_AT_ONCE = 4  # blobs that are read together
+_PUT_AT_ONCE = 32  # blobs that are made durable together
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -68,28 +68,19 @@ def open_blob_store(url: str) -> BlobStore:
     directory = Path(unquote(parts.path))
     if parts.netloc or not directory.is_absolute():
         raise ValueError(f"{url}: write file:// and an absolute path, like file:///var/lib/roost/blobs")
-    store = BlobStore(LocalStore(directory, mkdir=True), directory)
-    store.recover()
-    return store
+    store = LocalStore(directory, mkdir=True)
+    blobs = BlobDirectory(directory)
+    blobs.recover()
+    return BlobStore(store, blobs)
 
 
 class BlobStore:
     """Blobs in an obstore `store`; `directory` is where it lies if it is one of this machine's."""
 
-    def __init__(self, store: ObjectStore, directory: Path | None = None) -> None:
+    def __init__(self, store: ObjectStore, directory: BlobDirectory | None = None) -> None:
         self._store = store
         self._directory = directory
-
-    def recover(self) -> None:
-        """After a crash: completes what was renamed and not yet synced, removes what was left behind."""
-        if self._directory is None:
-            return
-        (self._directory / "chunks").mkdir(exist_ok=True)
-        _sync(self._directory, self._directory / "chunks", *(self._directory / "chunks").iterdir())
-        for path in (self._directory / _INCOMING).glob("*"):
-            with suppress(FileNotFoundError):  # another coordinator's, which renamed it just now
-                if path.stat().st_mtime < time.time() - _FORGOTTEN:
-                    path.unlink()
+        self._trash = Trash(store, directory.path if directory else None)
 
     async def has(self, hash: str) -> bool:
         try:
@@ -99,56 +90,82 @@ class BlobStore:
             return False
         return True
 
-    async def get(self, hash: str) -> bytes:
-        """Its compressed bytes, not verified: whoever receives them does that. BLOB_MISSING."""
-        try:
-            result = await self._bounded(self._store.get_async(_name(hash)))
-            return bytes(await self._bounded(result.bytes_async()))
-        except FileNotFoundError as error:
-            self._check_directory()
-            raise RoostError(
-                Reason.BLOB_MISSING,
-                f"the blob store does not have blob {hash[:12]}",
-                "check that the store is the one it was put into, and that nobody has deleted from it",
-            ) from error
+    async def get_all(self, hashes: Sequence[str]) -> list[bytes]:
+        """Their compressed bytes, not verified: whoever receives them does that. Also of those that are
+        condemned. BLOB_MISSING names one."""
+        if self._directory is not None:
+            with suppress(FileNotFoundError):
+                return await self._bounded(asyncio.to_thread(self._directory.get, list(map(_name, hashes))))
+        return await asyncio.gather(*map(self._get, hashes))
 
-    async def put(self, blob: Blob) -> None:
-        """When it returns, the blob is durable."""
+    async def _get(self, hash: str) -> bytes:
+        for _ in range(2):  # it may be moved from one place to the other, and back, while it is looked for
+            with suppress(FileNotFoundError):
+                result = await self._bounded(self._store.get_async(_name(hash)))
+                return bytes(await self._bounded(result.bytes_async()))
+            if (found := await self._bounded(self._trash.find(hash))) is not None:
+                return found
+        self._check_directory()
+        raise _missing(hash)
+
+    async def put_all(self, blobs: Sequence[Blob]) -> None:
+        """When it returns, the blobs are durable. In a directory they are synced together."""
         self._check_directory()
         try:
-            await self._put(_name(blob.hash), blob.zstd)
+            if self._directory is not None:
+                await self._bounded(
+                    asyncio.to_thread(self._directory.put, [(_name(b.hash), b.zstd) for b in blobs])
+                )
+                return
+            async with aclosing(_ordered(_each(blobs), self._put)) as done:
+                async for _ in done:
+                    pass
         except FileNotFoundError as error:  # no such bucket, or the directory has just vanished
             raise _unavailable(str(error).partition("\n")[0]) from error
 
-    async def _put(self, name: str, data: bytes) -> None:
-        if self._directory is None:
-            await self._bounded(self._store.put_async(name, data))
-            return
-        incoming = f"{_INCOMING}/{secrets.token_hex(8)}"
-        try:
-            await self._bounded(self._store.put_async(incoming, data))
-            await self._bounded(asyncio.to_thread(_sync, self._directory / incoming))
-            await self._bounded(self._store.rename_async(incoming, name))
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(self._directory / incoming)
-            raise
-        shard = (self._directory / name).parent
-        await self._bounded(asyncio.to_thread(_sync, shard, shard.parent))
+    async def _put(self, blob: Blob) -> None:
+        await self._bounded(self._store.put_async(_name(blob.hash), blob.zstd))
+
+    # --- for who collects --------------------------------------------------------------------
+
+    @property
+    def closes_trash(self) -> bool:
+        return self._trash.closes
+
+    async def chunks(self, shard: str) -> list[Found]:
+        self._check_directory()
+        return await self._bounded(self._trash.chunks(shard), _LISTING_TIMEOUT)
+
+    async def condemned(self) -> list[Condemned]:
+        return await self._bounded(self._trash.condemned(), _LISTING_TIMEOUT)
+
+    async def open_trash(self, round: int) -> str:
+        return await self._bounded(self._trash.open(round))
+
+    async def close_trash(self) -> None:
+        await self._bounded(self._trash.close())
+
+    async def condemn(self, hashes: Sequence[str], name: str) -> int:
+        return await self._bounded(self._trash.condemn(hashes, name))
+
+    async def purge(self, entries: Sequence[Condemned]) -> None:
+        await self._bounded(self._trash.purge(entries))
+
+    # -----------------------------------------------------------------------------------------
 
     def _check_directory(self) -> None:
         """A directory that has vanished (an unmounted disk) has lost nothing: it is not there just now."""
-        if self._directory is not None and not self._directory.is_dir():
-            raise _unavailable(f"its directory {self._directory} is not there")
+        if self._directory is not None and not self._directory.path.is_dir():
+            raise _unavailable(f"its directory {self._directory.path} is not there")
 
-    async def _bounded(self, operation: Awaitable[T]) -> T:
+    async def _bounded(self, operation: Awaitable[T], seconds: float = _OPERATION_TIMEOUT) -> T:
         try:
-            async with asyncio.timeout(_OPERATION_TIMEOUT):
+            async with asyncio.timeout(seconds):
                 return await operation
         except FileNotFoundError:
             raise
         except TimeoutError as error:
-            raise _unavailable(f"it did not answer within {_OPERATION_TIMEOUT:g} s") from error
+            raise _unavailable(f"it did not answer within {seconds:g} s") from error
         except (BaseError, OSError) as error:
             raise _unavailable(str(error).partition("\n")[0]) from error
 
@@ -156,12 +173,15 @@ class BlobStore:
 class BlobsServicer(blobs_pb2_grpc.BlobsServicer):
     """roost.v1.Blobs over a BlobStore."""
 
-    def __init__(self, store: BlobStore) -> None:
+    def __init__(self, store: BlobStore, gc_round: Callable[[], int] = lambda: 0) -> None:
+        """`gc_round`: of collecting, that has begun."""
         self._store = store
+        self._gc_round = gc_round
 
     async def Missing(
         self, request: blobs_pb2.MissingRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> blobs_pb2.MissingReply:
+        gc_round = self._gc_round()
         try:
             hashes = _checked(request.hashes)
             async with aclosing(_ordered(_each(hashes), self._store.has)) as found:
@@ -169,7 +189,33 @@ class BlobsServicer(blobs_pb2_grpc.BlobsServicer):
         except RoostError as error:
             await error.abort(context)
         missing = [hash for hash, here in zip(hashes, there, strict=True) if not here]
-        return blobs_pb2.MissingReply(hashes=missing)
+        return blobs_pb2.MissingReply(hashes=missing, gc_round=gc_round)
+
+    async def Verify(
+        self, request: blobs_pb2.VerifyRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> blobs_pb2.VerifyReply:
+        reply = blobs_pb2.VerifyReply()
+        try:
+            hashes = _checked(request.hashes)
+            async with aclosing(_ordered(_each(hashes), self._verify)) as found:
+                reasons = [reason async for reason in found]
+        except RoostError as error:
+            await error.abort(context)
+        for hash, reason in zip(hashes, reasons, strict=True):
+            if reason is Reason.BLOB_MISSING:
+                reply.missing.append(hash)
+            elif reason is Reason.BLOB_CORRUPT:
+                reply.corrupt.append(hash)
+        return reply
+
+    async def _verify(self, hash: str) -> Reason | None:
+        try:
+            await asyncio.to_thread(Blob.verified, hash, (await self._store.get_all([hash]))[0])
+        except RoostError as error:
+            if error.reason not in (Reason.BLOB_MISSING, Reason.BLOB_CORRUPT):
+                raise
+            return error.reason
+        return None
 
     async def Put(
         self,
@@ -178,9 +224,9 @@ class BlobsServicer(blobs_pb2_grpc.BlobsServicer):
     ) -> blobs_pb2.PutReply:
         stored = 0
         try:
-            async with aclosing(_ordered(request_iterator, self._put_one)) as done:
-                async for _ in done:
-                    stored += 1
+            async with aclosing(_ordered(_grouped(request_iterator), self._put_some)) as done:
+                async for count in done:
+                    stored += count
         except RoostError as error:
             await error.abort(context)
         return blobs_pb2.PutReply(stored=stored)
@@ -189,18 +235,20 @@ class BlobsServicer(blobs_pb2_grpc.BlobsServicer):
         self, request: blobs_pb2.GetRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[blobs_pb2.Blob]:
         try:
-            async with aclosing(_ordered(_each(_checked(request.hashes)), self._get_one)) as found:
-                async for blob in found:
-                    yield blob
+            hashes = _checked(request.hashes)
+            groups = [hashes[start : start + _GET_AT_ONCE] for start in range(0, len(hashes), _GET_AT_ONCE)]
+            async with aclosing(_ordered(_each(groups), self._store.get_all)) as found:
+                asked = iter(hashes)
+                async for some in found:
+                    for zstd in some:
+                        yield blobs_pb2.Blob(hash=next(asked), zstd=zstd)
         except RoostError as error:
             await error.abort(context)
 
-    async def _put_one(self, blob: blobs_pb2.Blob) -> None:
-        _checked([blob.hash])
-        await self._store.put(await asyncio.to_thread(Blob.verified, blob.hash, blob.zstd))
-
-    async def _get_one(self, hash: str) -> blobs_pb2.Blob:
-        return blobs_pb2.Blob(hash=hash, zstd=await self._store.get(hash))
+    async def _put_some(self, some: Sequence[blobs_pb2.Blob]) -> int:
+        _checked([blob.hash for blob in some])
+        await self._store.put_all(await asyncio.to_thread(_verified, some))
+        return len(some)
 
 
 async def _ordered(
@@ -219,6 +267,21 @@ async def _ordered(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _grouped(blobs: AsyncIterable[blobs_pb2.Blob]) -> AsyncIterator[Sequence[blobs_pb2.Blob]]:
+    group: list[blobs_pb2.Blob] = []
+    async for blob in blobs:
+        group.append(blob)
+        if len(group) == _PUT_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _verified(blobs: Sequence[blobs_pb2.Blob]) -> list[Blob]:
+    return [Blob.verified(blob.hash, blob.zstd) for blob in blobs]
 
 
 async def _each(items: Sequence[S]) -> AsyncIterator[S]:
@@ -242,13 +305,12 @@ def _name(hash: str) -> str:
     return f"chunks/{hash[:2]}/{hash}"
 
 
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+def _missing(hash: str) -> RoostError:
+    return RoostError(
+        Reason.BLOB_MISSING,
+        f"the blob store does not have blob {hash[:12]}",
+        "check that the store is the one it was put into, and that nobody has deleted from it",
+    )
 
 
 def _unavailable(why: str) -> RoostError:

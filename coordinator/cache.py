@@ -15,6 +15,9 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
+from coordinator.collecting.report import Report
+from coordinator.collecting.rounds import LAST, ROUND, Round
+from coordinator.quotas import QUOTAS, Quota, Used, check, quota_key
 from coordinator.records import (
     AGENTS,
     COORDINATORS,
@@ -31,6 +34,7 @@ from coordinator.records import (
     node_key,
 )
 from coordinator.store.base import Change, Compacted, Record, Store
+from coordinator.timers import TIMERS, InstanceTimers, timers_key
 from shared.errors import RoostError
 from shared.identity import InstanceKey
 from shared.lifecycle import Services
@@ -129,7 +133,7 @@ class Table(Generic[T]):
 
 
 class Cache:
-    """The four tables, and what is computed from them."""
+    """The tables, and what is computed from them."""
 
     def __init__(self, store: Store, list_every: float = 10.0) -> None:
         """`list_every` in seconds; instances, of which there are many, are listed a sixth as often."""
@@ -139,13 +143,27 @@ class Cache:
         self.instances = Table(
             store, INSTANCES, InstanceRecord.decode, list_every * 6, self._instance_changed
         )
+        self.timers = Table(store, TIMERS, InstanceTimers.decode, list_every * 6)
+        self.rounds = Table(store, ROUND, Round.decode, list_every)
+        self.reports = Table(store, LAST, Report.decode, list_every * 6)
+        self.quotas = Table(store, QUOTAS, Quota.decode, list_every)
         self.on_move: Callable[[InstanceRecord, InstanceRecord], None] = lambda old, new: None
         self._of_node: defaultdict[str, dict[InstanceKey, InstanceRecord]] = defaultdict(dict)
         self._reserved: dict[str, Resources] = {}
+        self._used: defaultdict[str, Used] = defaultdict(Used)
 
     @property
     def _tables(self) -> tuple[Table[Any], ...]:
-        return (self.nodes, self.agents, self.coordinators, self.instances)
+        return (
+            self.nodes,
+            self.agents,
+            self.coordinators,
+            self.instances,
+            self.timers,
+            self.rounds,
+            self.reports,
+            self.quotas,
+        )
 
     def start(self, services: Services) -> None:
         for table in self._tables:
@@ -163,12 +181,46 @@ class Cache:
     def learn_instance(self, stored: Stored[InstanceRecord]) -> None:
         self.instances.learn(instance_key(stored.value.key), stored)
 
+    def round(self) -> Stored[Round] | None:
+        return self.rounds.records.get(ROUND)
+
+    def learn_round(self, stored: Stored[Round]) -> None:
+        self.rounds.learn(ROUND, stored)
+
+    @property
+    def collection(self) -> Report | None:
+        """The last one."""
+        held = self.reports.records.get(LAST)
+        return held.value if held else None
+
+    @property
+    def gc_round(self) -> int:
+        """The round of collecting that has begun for certain; perhaps a later one, too."""
+        known = self.round()
+        return known.value.number if known else 0
+
     def agent(self, tenant: str, name: str) -> AgentRecord | None:
         held = self.agents.records.get(agent_key(tenant, name))
         return held.value if held else None
 
     def node(self, node: str) -> Stored[NodeRecord] | None:
         return self.nodes.records.get(node_key(node))
+
+    def timers_of(self, key: InstanceKey) -> Stored[InstanceTimers] | None:
+        return self.timers.records.get(timers_key(key))
+
+    def quota(self, tenant: str) -> Quota:
+        held = self.quotas.records.get(quota_key(tenant))
+        return held.value if held else Quota(tenant)
+
+    def used(self, tenant: str) -> Used:
+        return self._used[tenant] if tenant in self._used else Used()
+
+    def check_quota(self, key: InstanceKey, wants: int, is_new: bool = False) -> None:
+        """May the instance have so many bytes? TENANT_QUOTA if that is more than it has, and too much."""
+        held = self.instance(key)
+        had = None if is_new else held.value.state_bytes if held else 0
+        check(self.quota(key.tenant), self.used(key.tenant), had, wants)
 
     def instances_of(self, node: str) -> Mapping[InstanceKey, InstanceRecord]:
         """Those whose owner is `node`, in any phase."""
@@ -184,18 +236,25 @@ class Cache:
 
     def _need(self, record: InstanceRecord) -> Resources:
         agent = self.agent(record.key.tenant, record.key.agent)
-        return Resources() if agent is None or record.phase is Phase.HIBERNATED else agent.need
+        if agent is None or record.phase is Phase.HIBERNATED:
+            return Resources()
+        return agent.need.sized(record.size)
 
     def _instance_changed(
         self, old: Stored[InstanceRecord] | None, new: Stored[InstanceRecord] | None
     ) -> None:
+        for stored, sign in ((old, -1), (new, 1)):
+            if stored is not None:
+                tenant, used = stored.value.key.tenant, self._used[stored.value.key.tenant]
+                state_bytes = used.state_bytes + sign * stored.value.state_bytes
+                self._used[tenant] = Used(state_bytes, used.instances + sign)
         if old is not None:
             self._of_node[old.value.node].pop(old.value.key, None)
             self._count(old.value.node, Resources() - self._need(old.value))
         if new is not None:
             self._of_node[new.value.node][new.value.key] = new.value
             self._count(new.value.node, self._need(new.value))
-        if old is not None and new is not None and old.value.node != new.value.node:
+        if old is not None and new is not None and old.value.epoch != new.value.epoch:
             self.on_move(old.value, new.value)
 
     def _count(self, node: str, change: Resources) -> None:

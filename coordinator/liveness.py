@@ -27,7 +27,8 @@ class LinkView:
 class Observed:
     """Times are seconds on the monotonic clock. `heard`: of nodes without a link, when they last spoke here.
     `absent_since`: of coordinators that are not in the store. `grace_from`: silence before it proves nothing
-    (this process began then, or slept until then). `vouches`: our own lease is valid."""
+    (this process began then, or slept until then). `vouches`: our own lease is valid. `left`: nodes that said
+    goodbye."""
 
     me: str
     vouches: bool
@@ -37,6 +38,7 @@ class Observed:
     links: Mapping[str, LinkView] = field(default_factory=dict)
     heard: Mapping[str, float] = field(default_factory=dict)
     absent_since: Mapping[str, float] = field(default_factory=dict)
+    left: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,8 @@ def _superseded(observed: Observed, name: str, stored: Stored[NodeRecord]) -> En
 def _lost(observed: Observed, name: str, stored: Stored[NodeRecord], now: float) -> MarkLost | None:
     coordinator = stored.value.coordinator
     if coordinator == observed.me:
+        if name in observed.left:
+            return MarkLost(stored, None, "it said goodbye")
         link = observed.links.get(name)
         heard = link.heard if link else observed.heard.get(name, observed.grace_from)
         silence = now - max(heard, observed.grace_from)

@@ -1,117 +1,26 @@
-"""Who may run an instance, and what is committed of it: promises 1, 2 and 3 rest on this file.
+"""Who may run an instance, and what is committed of it: promises 1, 2 and 3 rest on this.
 
-First the transitions, as pure functions: a record in, the next record out, or a RoostError that says why
-not. Then `Ownership`, which makes each of them one transaction that compares the revision of the record
-that it was computed from. A record that came from a cache may be stale: then the transaction fails and
-nothing has happened. So a cache can only ever cost time.
-
-Invariants, checked at every transition: the epoch only grows, by 1; within an epoch there is one owner; the
-version grows by at most 1, and only within an epoch.
+`Ownership` makes each transition (`coordinator.transitions`, which are pure) one transaction that compares
+the revision of the record that it was computed from. A record that came from a cache may be stale: then the
+transaction fails and nothing has happened. So a cache can only ever cost time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from coordinator.records import InstanceRecord, Phase, Stored, instance_key
-from coordinator.store.base import Expect, Put, Store
+from coordinator.collecting.rounds import Fence, NoFence
+from coordinator.records import InstanceRecord, Stored, instance_key
+from coordinator.store.base import Delete, Expect, Put, Store
+from coordinator.transitions import commit, hibernate, place, replace_state, resize, wake
 from shared.errors import Reason, RoostError
+from shared.failpoints import failpoint
 from shared.identity import InstanceKey
+from shared.resources import Resources
 
 _ATTEMPTS = 5  # a record is written about once a turn; losing this often to others is a bug elsewhere
-
-
-class InvariantBroken(Exception):
-    """A transition would break promise 1: a bug. Nothing was written."""
-
-
-# --- transitions -----------------------------------------------------------------------------------
-
-
-def place(
-    current: InstanceRecord | None,
-    key: InstanceKey,
-    node: str,
-    why: str,
-    agent_version: str,
-    now_unix: float,
-) -> InstanceRecord:
-    """A new owner in a new epoch. What was committed stays."""
-    new = InstanceRecord(
-        key=key,
-        epoch=current.epoch + 1 if current else 1,
-        node=node,
-        version=current.version if current else 0,
-        root=current.root if current else "",
-        last_turn=current.last_turn if current else "",
-        phase=Phase.PLACED,
-        why=why,
-        agent_version=agent_version,
-        placed_at_unix=now_unix,
-    )
-    return _checked(current, new)
-
-
-def wake(current: InstanceRecord | None, node: str, epoch: int, agent_version: str) -> InstanceRecord:
-    """Its owner starts its process, with this version of the agent. EPOCH_STALE if `node` does not own it."""
-    owned = _owned(current, node, epoch)
-    return _checked(owned, replace(owned, phase=Phase.LIVE, agent_version=agent_version))
-
-
-def commit(
-    current: InstanceRecord | None, node: str, epoch: int, version: int, root: str, turn_id: str
-) -> InstanceRecord:
-    """The next state version. `current` itself if this very commit was applied before.
-
-    EPOCH_STALE if `node` does not own it in `epoch`, or if `version` is not the next one.
-    """
-    owned = _owned(current, node, epoch)
-    if (version, root) == (owned.version, owned.root):
-        return owned
-    if version != owned.version + 1:
-        raise RoostError(
-            Reason.EPOCH_STALE,
-            f"{owned.key} is at version {owned.version}, so {version} can't be committed next",
-            "the node must fetch the instance again before it goes on",
-        )
-    return _checked(owned, replace(owned, version=version, root=root, last_turn=turn_id, phase=Phase.LIVE))
-
-
-def hibernate(current: InstanceRecord | None, node: str, epoch: int) -> InstanceRecord:
-    """Its process is gone. `current` itself if that was known. EPOCH_STALE if `node` does not own it."""
-    owned = _owned(current, node, epoch)
-    if owned.phase is Phase.HIBERNATED:
-        return owned
-    return _checked(owned, replace(owned, phase=Phase.HIBERNATED))
-
-
-def _owned(current: InstanceRecord | None, node: str, epoch: int) -> InstanceRecord:
-    if current is not None and (current.node, current.epoch) == (node, epoch):
-        return current
-    now = f"{current.node} owns it in epoch {current.epoch}" if current else "it was never placed"
-    raise RoostError(
-        Reason.EPOCH_STALE,
-        f"{node} does not own this instance in epoch {epoch}: {now}",
-        "resolve again: its state is safe with its owner",
-    )
-
-
-def _checked(old: InstanceRecord | None, new: InstanceRecord) -> InstanceRecord:
-    if old is None:
-        holds = new.epoch == 1 and new.version == 0
-    elif new.epoch == old.epoch:
-        same = (new.version, new.root) == (old.version, old.root)
-        holds = new.node == old.node and (same or new.version == old.version + 1)
-    else:
-        holds = new.epoch == old.epoch + 1 and (new.version, new.root) == (old.version, old.root)
-    if not holds or (old is not None and new.key != old.key) or bool(new.version) != bool(new.root):
-        raise InvariantBroken(f"{old} may not become {new}")
-    return new
-
-
-# --- transactions ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +35,43 @@ class Overtaken:
     record: Stored[InstanceRecord] | None
 
 
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What else a transaction compares and writes."""
+
+    guards: Sequence[Expect] = ()
+    writes: Sequence[Put | Delete] = ()
+
+
+NO_EXTRA = Extra()
+# Asked anew for each attempt; whether a cache must not be believed.
+Beside = Callable[[bool], Awaitable[Extra]]
+
+
+def along_with(writes: Sequence[Put | Delete]) -> Beside:
+    """What is the same in each attempt."""
+
+    async def extra(_fresh: bool) -> Extra:
+        return Extra(writes=writes)
+
+    return extra
+
+
+_alone = along_with(())
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A version's files: how many bytes they are together, and the round of collecting that had begun before
+    the first blob of them was put or asked for."""
+
+    state_bytes: int = 0
+    gc_round: int = 0
+
+
+_UNKNOWN = Uploaded()
+
+
 class Recent(Protocol):
     """What was last seen of instances. May be stale or empty."""
 
@@ -138,12 +84,20 @@ class Ownership:
     """The transitions as transactions. Every method may raise STORE_UNAVAILABLE, which leaves open whether
     it was applied: asking again is always safe, since all of them can be repeated."""
 
-    def __init__(self, store: Store, recent: Recent, clock_unix: Callable[[], float], timeout: float) -> None:
-        """`timeout` in seconds, for each of the store's answers."""
+    def __init__(
+        self,
+        store: Store,
+        recent: Recent,
+        clock_unix: Callable[[], float],
+        timeout: float,
+        fence: Fence | None = None,
+    ) -> None:
+        """`timeout` in seconds, for each of the store's answers. `fence`: what a commit may rely on."""
         self._store = store
         self._recent = recent
         self._clock_unix = clock_unix
         self._timeout = timeout
+        self._fence = fence or NoFence()
 
     async def read(self, key: InstanceKey) -> Stored[InstanceRecord] | None:
         """What the store says now, not a cache."""
@@ -161,11 +115,14 @@ class Ownership:
         node: str,
         why: str,
         agent_version: str,
+        home: str = "",
     ) -> Placed | Overtaken:
         """Makes `node` the owner, if the record is still `expected`."""
         current = expected.value if expected else None
-        new = place(current, key, node, why, agent_version, self._clock_unix())
+        new = place(current, key, node, why, agent_version, self._clock_unix(), home)
+        failpoint("coordinator.place.before_txn")
         stored = await self._write(expected, new)
+        failpoint("coordinator.place.after_txn")
         return Placed(stored) if stored else Overtaken(await self.read(key))
 
     async def wake(
@@ -175,10 +132,72 @@ class Ownership:
         return await self._apply(key, lambda c: wake(c, node, epoch, agent_version))
 
     async def commit(
-        self, node: str, key: InstanceKey, epoch: int, version: int, root: str, turn_id: str
+        self,
+        node: str,
+        key: InstanceKey,
+        epoch: int,
+        version: int,
+        root: str,
+        turn_id: str,
+        beside: Beside = _alone,
+        files: Uploaded = _UNKNOWN,
     ) -> Stored[InstanceRecord]:
-        """Returns once the version is durable in the store. EPOCH_STALE: it never will be."""
-        return await self._apply(key, lambda c: commit(c, node, epoch, version, root, turn_id))
+        """Returns once the version is durable in the store, and what `beside` says with it, in the same
+        transaction. EPOCH_STALE: it never will be; or what `beside` refuses by. UPLOAD_STALE: their
+        `gc_round` was too long ago."""
+        failpoint("coordinator.commit.before_txn")
+        stored = await self._apply(
+            key,
+            lambda c: commit(c, node, epoch, version, root, turn_id, files.state_bytes),
+            self._fenced(files.gc_round, beside),
+        )
+        failpoint("coordinator.commit.before_answer")
+        return stored
+
+    async def replace_state(
+        self, key: InstanceKey, version: int, root: str, state_bytes: int, why: str, gc_round: int
+    ) -> Stored[InstanceRecord]:
+        """Returns once it is durable in the store. STATE_CHANGED: it never will be. UPLOAD_STALE as above."""
+        return await self._apply(
+            key,
+            lambda c: replace_state(c, key, version, root, state_bytes, why),
+            self._fenced(gc_round, _alone),
+        )
+
+    async def beside(
+        self,
+        key: InstanceKey,
+        transition: Callable[[InstanceRecord | None], InstanceRecord],
+        guards: Sequence[Expect],
+        writes: Sequence[Put | Delete],
+    ) -> int | None:
+        """Writes what is not the record itself, in one transaction with the record's transition; returns the
+        revision. None: one of `guards` does not hold, and nothing was written."""
+        seen = self._recent.instance(key)
+        for _ in range(_ATTEMPTS):
+            try:
+                new = transition(seen.value if seen else None)
+            except RoostError:  # it may be right of what the store says
+                seen = await self.read(key)
+                new = transition(seen.value if seen else None)
+            same = seen is not None and new == seen.value
+            name = instance_key(key)
+            all_guards = [Expect(name, seen.revision if seen else 0), *guards]
+            all_writes = writes if same else [Put(name, new.encode()), *writes]
+            result = await self._store.txn(all_guards, all_writes, self._timeout)
+            if result.succeeded:
+                if not same:
+                    self._recent.learn_instance(Stored(new, result.revision))
+                return result.revision
+            before, seen = seen, await self.read(key)
+            if seen == before:
+                return None
+        raise _contended(key)
+
+    async def resize(
+        self, node: str, key: InstanceKey, epoch: int, size: Resources | None
+    ) -> Stored[InstanceRecord]:
+        return await self._apply(key, lambda c: resize(c, node, epoch, size))
 
     async def hibernate(self, node: str, key: InstanceKey, epoch: int) -> Stored[InstanceRecord]:
         return await self._apply(key, lambda c: hibernate(c, node, epoch))
@@ -191,46 +210,59 @@ class Ownership:
         self,
         key: InstanceKey,
         transition: Callable[[InstanceRecord | None], InstanceRecord],
+        beside: Beside = _alone,
     ) -> Stored[InstanceRecord]:
         """Applies `transition` to the record, which is read anew whenever another writer was faster.
 
         A refusal, or "it was applied before", is only ever said of what was read from the store.
         """
-        if done := await self._apply_to_recent(key, transition):
+        if done := await self._apply_to_recent(key, transition, beside):
             return done
         for _ in range(_ATTEMPTS):
             seen = await self.read(key)
             new = transition(seen.value if seen else None)
             if seen is not None and new == seen.value:
                 return seen
-            if done := await self._write(seen, new):
+            if done := await self._write(seen, new, await beside(True)):
                 return done
-        raise RoostError(
-            Reason.STORE_UNAVAILABLE,
-            f"the record of {key} changed {_ATTEMPTS} times while it was being written",
-            "try again",
-        )
+        raise _contended(key)
+
+    def _fenced(self, gc_round: int, beside: Beside) -> Beside:
+        """As `beside`, by a transaction that relies on blobs which were put or asked for since `gc_round`."""
+
+        async def extra(fresh: bool) -> Extra:
+            asked = await beside(fresh)
+            return Extra((*asked.guards, *await self._fence.guard(gc_round, fresh)), asked.writes)
+
+        return extra
 
     async def _apply_to_recent(
-        self, key: InstanceKey, transition: Callable[[InstanceRecord | None], InstanceRecord]
+        self,
+        key: InstanceKey,
+        transition: Callable[[InstanceRecord | None], InstanceRecord],
+        beside: Beside,
     ) -> Stored[InstanceRecord] | None:
         seen = self._recent.instance(key)
         if seen is None:
             return None
         try:
             new = transition(seen.value)
+            extra = await beside(False)
         except RoostError:
             return None
-        return None if new == seen.value else await self._write(seen, new)
+        return None if new == seen.value else await self._write(seen, new, extra)
 
     async def _write(
-        self, seen: Stored[InstanceRecord] | None, new: InstanceRecord
+        self,
+        seen: Stored[InstanceRecord] | None,
+        new: InstanceRecord,
+        extra: Extra = NO_EXTRA,
     ) -> Stored[InstanceRecord] | None:
-        """`new` as it was stored; None if the record is no longer `seen`."""
+        """`new` as it was stored; None if the record is no longer `seen`, or a guard does not hold."""
         name = instance_key(new.key)
-        guard = Expect(name, seen.revision if seen else 0)
+        guards = [Expect(name, seen.revision if seen else 0), *extra.guards]
         try:
-            result = await self._store.txn([guard], [Put(name, new.encode())], self._timeout)
+            result = await self._store.txn(guards, [Put(name, new.encode()), *extra.writes], self._timeout)
         except RoostError as error:
             if error.reason is not Reason.STORE_UNAVAILABLE:
                 raise
@@ -249,3 +281,11 @@ class Ownership:
         if found is not None and found.value == new:
             return found
         raise error
+
+
+def _contended(key: InstanceKey) -> RoostError:
+    return RoostError(
+        Reason.STORE_UNAVAILABLE,
+        f"the record of {key} changed {_ATTEMPTS} times while it was being written",
+        "try again",
+    )

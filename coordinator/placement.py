@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.records import Position, Role
-from shared.resources import Resources, fits
+from shared.resources import Resources, fits, lacking
 
 # Light in fibre goes at about 2/3 of c, 200 km a millisecond (ITU-T G.652 fibre, group index 1.468), so a
 # round trip over d km takes at least d/100 ms; what is not distance (last mile, switches) counts as 1 ms.
@@ -69,7 +69,8 @@ class _Ranked:
     @property
     def order(self) -> tuple[float, float, str]:
         """Nearest first; of equally near ones the emptier; then by name, so that all decide alike."""
-        return (round(self.rtt_ms, 3), _fill(self.candidate), self.candidate.id)
+        filled = fill(self.candidate.reserved, self.candidate.capacity)
+        return (round(self.rtt_ms, 3), filled, self.candidate.id)
 
 
 def choose(need: Resources, candidates: Sequence[Candidate], client: Client) -> Placement | NoRoom:
@@ -124,17 +125,21 @@ def _objection(candidate: Candidate, need: Resources, client: Client) -> str:
         return "just failed the client"
     if candidate.draining:
         return "is draining"
+    if absent := lacking(need, Resources(), candidate.capacity):
+        return f"has no {absent[0]}"
+    if taken := lacking(need, candidate.reserved, candidate.capacity):
+        return f"has no {taken[0]} left"
     if not fits(need, candidate.reserved, candidate.capacity):
         return "is full" if fits(need, Resources(), candidate.capacity) else "is too small"
     return ""
 
 
-def _fill(candidate: Candidate) -> float:
-    """The share of its scarcest resource that is promised."""
+def fill(reserved: Resources, capacity: Resources) -> float:
+    """The share of a node's scarcest resource that is promised."""
     pairs = (
-        (candidate.reserved.memory_bytes, candidate.capacity.memory_bytes),
-        (candidate.reserved.cpu_millis, candidate.capacity.cpu_millis),
-        (candidate.reserved.pids, candidate.capacity.pids),
+        (reserved.memory_bytes, capacity.memory_bytes),
+        (reserved.cpu_millis, capacity.cpu_millis),
+        (reserved.pids, capacity.pids),
     )
     return max(used / whole if whole else 1.0 for used, whole in pairs)
 

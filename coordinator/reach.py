@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import grpc.aio
@@ -12,14 +13,14 @@ from coordinator.records import NodeRecord, coordinator_key
 from coordinator.registry import Registry
 from protos.v1 import link_pb2, peer_pb2, peer_pb2_grpc
 from shared import rpc
-from shared.errors import Reason, RoostError, from_rpc
+from shared.errors import Reason, RoostError, from_rpc, translated
 
 RESERVE_TIMEOUT = 2.0  # seconds for a node to answer
 _FORWARD_MARGIN = 0.5  # seconds more for the way through another coordinator
 
 
 class Reach:
-    """Reservations and silence, of nodes linked here or elsewhere."""
+    """Reservations, moves and silence, of nodes linked here or elsewhere."""
 
     def __init__(self, registry: Registry, cache: Cache) -> None:
         self._registry = registry
@@ -38,6 +39,17 @@ class Reach:
             raise from_rpc(error, Reason.NODE_UNREACHABLE, f"coordinator {node.coordinator}") from error
         return None
 
+    async def move(self, node: NodeRecord, step: link_pb2.MoveStep, timeout: float) -> link_pb2.MoveStepReply:
+        """The node's part in a move, done; its refusal or NODE_UNREACHABLE otherwise."""
+        if link := self._registry.links.get(node.info.id):
+            return await link.move(step, timeout)
+        request = peer_pb2.ForwardMoveRequest(node=node.info.id, step=step, timeout_ms=round(timeout * 1000))
+        with translated(Reason.NODE_UNREACHABLE, f"coordinator {node.coordinator}"):
+            call = self._holder(node).ForwardMove(request, timeout=timeout + _FORWARD_MARGIN)
+            async for reply in call:
+                return reply
+        raise RoostError(Reason.NODE_UNREACHABLE, f"coordinator {node.coordinator} said nothing")
+
     async def is_fresh(self, node: NodeRecord) -> bool:
         """Is its link open at this moment, and was the node heard just now? False if nobody can say."""
         if link := self._registry.links.get(node.info.id):
@@ -48,6 +60,17 @@ class Reach:
         except (grpc.aio.AioRpcError, RoostError):
             return False
         return bool(reply.linked) and self._registry.is_fresh(reply.seconds)
+
+    async def salvage(self, hashes: Sequence[str]) -> int:
+        """Asks all nodes, wherever they are linked. What can't be reached just now is left out."""
+        others = [
+            c.value for c in self._cache.coordinators.records.values() if c.value.id != self._registry.me
+        ]
+        request = link_pb2.Salvage(hashes=hashes)
+        stubs = [peer_pb2_grpc.PeerStub(self._channel(other.address)) for other in others]
+        calls = (stub.ForwardSalvage(request, timeout=RESERVE_TIMEOUT) for stub in stubs)
+        await asyncio.gather(*calls, return_exceptions=True)
+        return self._registry.salvage(hashes)
 
     async def close(self) -> None:
         for channel in self._channels.values():
@@ -61,10 +84,12 @@ class Reach:
                 f"node {node.info.id} is not linked just now",
                 "resolve again in a moment",
             )
-        address = held.value.address
+        return peer_pb2_grpc.PeerStub(self._channel(held.value.address))
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
             self._channels[address] = rpc.channel(address)
-        return peer_pb2_grpc.PeerStub(self._channels[address])
+        return self._channels[address]
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ import base64
 import binascii
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -17,9 +17,10 @@ from typing import Any, Generic, TypeVar
 from coordinator.store.base import Record
 from protos.v1 import common_pb2
 from shared.errors import Reason, RoostError
-from shared.identity import NAME_RULE, InstanceKey, is_name
+from shared.identity import InstanceKey
+from shared.names import NAME_RULE, is_name
 from shared.policy import parse_policy
-from shared.resources import Resources
+from shared.resources import Resources, devices_of
 from shared.rpc import API_VERSION
 
 INSTANCES, NODES, AGENTS, COORDINATORS = "instances/", "nodes/", "agents/", "coordinators/"
@@ -75,6 +76,7 @@ class NodeInfo:
     position: Position | None
     capacity: Resources
     started_id: str
+    platform: str = ""  # what its agents run on, as `shared.wheels` writes it; empty: an older node
 
     def to_proto(self) -> common_pb2.NodeInfo:
         proto = common_pb2.NodeInfo(
@@ -85,6 +87,7 @@ class NodeInfo:
             capacity=self.capacity.to_proto(),
             api_version=API_VERSION,
             started_id=self.started_id,
+            platform=self.platform,
         )
         if self.position is not None:
             proto.position.latitude = self.position.latitude
@@ -109,6 +112,8 @@ class NodeInfo:
             raise _bad(f"node {proto.id} gives {proto.address!r} as its address", "write host:port")
         if not proto.started_id:
             raise _bad(f"node {proto.id} gave no started_id", "it must be a new random one at each start")
+        if len(proto.platform) > 64:
+            raise _bad(f"node {proto.id} says {proto.platform[:64]!r} of its platform", "write less")
         return cls(
             proto.id,
             Role.CLOUD if proto.role == common_pb2.CLOUD else Role.EDGE,
@@ -117,6 +122,7 @@ class NodeInfo:
             position_of(proto.position) if proto.HasField("position") else None,
             Resources.from_proto(proto.capacity),
             proto.started_id,
+            proto.platform,
         )
 
 
@@ -125,7 +131,12 @@ class InstanceRecord:
     """Who owns an instance, and what is committed of it.
 
     `version` 0 and an empty `root` mean that nothing is committed yet. `why` and `placed_at_unix` (seconds
-    since 1970) are for people; nothing is decided by them.
+    since 1970) are for people; nothing is decided by them. `size` is what somebody chose for this instance;
+    None: what its agent's policy says. `parked`: a call of one of its turns that may or may not have been
+    made, for people; the journal has the rest. `parent` is the root of the version before, kept here so that
+    the past can be found even if the present is damaged; `state_bytes` is what the version's files take
+    together. `home` is the edge that it was last on, or where an operator put it: elsewhere it waits to go
+    back. Empty: it has been on none yet.
     """
 
     key: InstanceKey
@@ -138,6 +149,11 @@ class InstanceRecord:
     why: str
     agent_version: str
     placed_at_unix: float
+    size: Resources | None = None
+    parked: str = ""
+    parent: str = ""
+    state_bytes: int = 0
+    home: str = ""
 
     def encode(self) -> bytes:
         return _encode(
@@ -150,11 +166,16 @@ class InstanceRecord:
             why=self.why,
             agent_version=self.agent_version,
             placed_at_unix=self.placed_at_unix,
+            size=[self.size.memory_bytes, self.size.cpu_millis, self.size.pids] if self.size else None,
+            parked=self.parked,
+            parent=self.parent,
+            state_bytes=self.state_bytes,
+            home=self.home,
         )
 
     @classmethod
     def decode(cls, record: Record) -> Stored[InstanceRecord]:
-        return _decode(record, _instance)
+        return decode(record, _instance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +196,9 @@ class NodeRecord:
             address=info.address,
             position=[position.latitude, position.longitude] if position else None,
             capacity=[info.capacity.memory_bytes, info.capacity.cpu_millis, info.capacity.pids],
+            devices=dict(info.capacity.devices),
             started_id=info.started_id,
+            platform=info.platform,
             coordinator=self.coordinator,
             state=self.state.value,
             draining=self.draining,
@@ -183,7 +206,7 @@ class NodeRecord:
 
     @classmethod
     def decode(cls, record: Record) -> Stored[NodeRecord]:
-        return _decode(record, _node)
+        return decode(record, _node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +228,7 @@ class AgentRecord:
 
     @classmethod
     def decode(cls, record: Record) -> Stored[AgentRecord]:
-        return _decode(record, _agent)
+        return decode(record, _agent)
 
     def to_proto(self) -> common_pb2.AgentSpec:
         return common_pb2.AgentSpec(
@@ -229,7 +252,7 @@ class CoordinatorRecord:
 
     @classmethod
     def decode(cls, record: Record) -> Stored[CoordinatorRecord]:
-        return _decode(record, lambda name, v: cls(name.removeprefix(COORDINATORS), v["address"]))
+        return decode(record, lambda name, v: cls(name.removeprefix(COORDINATORS), v["address"]))
 
 
 def instance_key(key: InstanceKey) -> str:
@@ -261,7 +284,7 @@ def encode_signing_key(private: bytes) -> bytes:
 
 
 def decode_signing_key(record: Record) -> bytes:
-    return _decode(record, lambda _, v: base64.b64decode(v["ed25519"], validate=True)).value
+    return decode(record, lambda _, v: base64.b64decode(v["ed25519"], validate=True)).value
 
 
 def _encode(**values: Any) -> bytes:
@@ -271,21 +294,37 @@ def _encode(**values: Any) -> bytes:
 _V = TypeVar("_V")
 
 
-def _decode(record: Record, build: Callable[[str, Any], _V]) -> Stored[_V]:
+def decode(record: Record, build: Callable[[str, Any], _V]) -> Stored[_V]:
+    """What `build` makes of the record's key and JSON. INTERNAL if that is not what it should be."""
     try:
         return Stored(build(record.key, json.loads(record.value)), record.revision)
     except (ValueError, KeyError, TypeError, RoostError, binascii.Error) as error:
-        raise RoostError(
-            Reason.INTERNAL,
-            f"the store's record {record.key} can't be read: {error!r}",
-            "was it written by a newer version, or by hand? `etcdctl get` shows it",
-        ) from error
+        raise unreadable(record, error) from error
+
+
+def unreadable(record: Record, error: Exception) -> RoostError:
+    return RoostError(
+        Reason.INTERNAL,
+        f"the store's record {record.key} can't be read: {error!r}",
+        "was it written by a newer version, or by hand? `etcdctl get` shows it",
+    )
 
 
 def _instance(name: str, v: Any) -> InstanceRecord:
     key = InstanceKey.parse(name.removeprefix(INSTANCES))
     fields = {f: v[f] for f in ("epoch", "node", "version", "root", "last_turn", "why", "agent_version")}
-    return InstanceRecord(key, phase=Phase(v["phase"]), placed_at_unix=v["placed_at_unix"], **fields)
+    size = Resources(*v["size"]) if v.get("size") else None
+    return InstanceRecord(
+        key,
+        phase=Phase(v["phase"]),
+        placed_at_unix=v["placed_at_unix"],
+        size=size,
+        parked=v.get("parked", ""),
+        parent=v.get("parent", ""),
+        state_bytes=v.get("state_bytes", 0),
+        home=v.get("home", ""),
+        **fields,
+    )
 
 
 def _node(name: str, v: Any) -> NodeRecord:
@@ -295,8 +334,9 @@ def _node(name: str, v: Any) -> NodeRecord:
         v["site"],
         v["address"],
         Position(*v["position"]) if v["position"] is not None else None,
-        Resources(*v["capacity"]),
+        replace(Resources(*v["capacity"]), devices=devices_of(v.get("devices", {}))),
         v["started_id"],
+        v.get("platform", ""),
     )
     return NodeRecord(info, v["coordinator"], NodeState(v["state"]), v["draining"])
 

@@ -65,10 +65,16 @@ class Registry:
         self._heard: dict[str, float] = {}
         self._absent_since: dict[str, float] = {}
         self._asleep: list[Stored[InstanceRecord]] = []
+        self._left: set[str] = set()  # nodes that said goodbye, and have not registered here since
+        self.on_goodbye: Callable[[str], None] = lambda why: None
 
     @property
     def me(self) -> str:
         return self._presence.me.id
+
+    @property
+    def gc_round(self) -> int:
+        return self._cache.gc_round
 
     # --- links -------------------------------------------------------------------------------
 
@@ -81,11 +87,12 @@ class Registry:
                 f"coordinator {self.me} can't vouch for nodes just now: its own lease in etcd is not renewed",
                 "register with another coordinator, or again in a moment",
             )
-        session = LinkSession(info, await self._write_up(info), self._clock)
+        session = LinkSession(info, await self._write_up(info), self._clock, lambda: self.gc_round)
         older = self.links.get(info.id)
         if older is not None and older.revision > session.revision:
             raise _over(session, replaced=older.info.started_id != info.started_id)
         self.links[info.id] = session
+        self._left.discard(info.id)
         if older is not None:
             older.end(_over(older, replaced=older.info.started_id != info.started_id))
         log.info("node %s registered from %s, holding %d", info.id, info.address, len(request.instances))
@@ -107,6 +114,11 @@ class Registry:
             log.info("the link of %s ended", node)
 
     def hear(self, session: LinkSession, message: link_pb2.LinkUp) -> None:
+        if message.HasField("goodbye"):
+            if self.links.get(session.info.id) is session:
+                self._left.add(session.info.id)
+                self.on_goodbye(f"{session.info.id} said goodbye")
+            return
         session.hear(message, acknowledge=self._presence.vouches(self._clock()))
 
     def end_all(self, error: RoostError) -> None:
@@ -120,7 +132,14 @@ class Registry:
     def evict_moved(self, old: InstanceRecord, new: InstanceRecord) -> None:
         """Tells the former owner, if its link is here. It would find out anyway, at its next commit."""
         if session := self.links.get(old.node):
-            session.evict(old.key, new.epoch - 1, f"{new.node} owns it now: {new.why}")
+            why = new.why if new.node == old.node else f"{new.node} owns it now: {new.why}"
+            session.evict(old.key, new.epoch - 1, why)
+
+    def salvage(self, hashes: Sequence[str]) -> int:
+        """Asks the nodes that are linked here for their copies of these blobs; how many they are."""
+        for session in self.links.values():
+            session.send(link_pb2.LinkDown(salvage=link_pb2.Salvage(hashes=hashes)))
+        return len(self.links)
 
     # --- loss --------------------------------------------------------------------------------
 
@@ -166,6 +185,7 @@ class Registry:
             links={n: LinkView(s.info.started_id, s.revision, s.heard) for n, s in self.links.items()},
             heard=self._heard,
             absent_since=self._absent_since,
+            left=frozenset(self._left),
         )
 
     async def _mark_lost(self, action: MarkLost) -> None:

@@ -8,7 +8,7 @@ reservation whose transaction lost a race is not taken back: it runs out.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, assert_never
@@ -22,6 +22,7 @@ from coordinator.records import (
     NodeRecord,
     NodeState,
     Phase,
+    Role,
     Stored,
     agent_key,
     node_key,
@@ -29,6 +30,7 @@ from coordinator.records import (
 from coordinator.store.base import Store
 from protos.v1 import link_pb2
 from shared.errors import Reason, RoostError
+from shared.failpoints import failpoint
 from shared.identity import InstanceKey
 from shared.resources import Resources
 
@@ -81,8 +83,8 @@ Step = Answer | Wake | Challenge | Move
 
 
 def decide(record: Stored[InstanceRecord] | None, owner: NodeRecord | None, exclude: frozenset[str]) -> Step:
-    if record is None:
-        return Move(None)
+    if record is None or not record.value.node:  # the latter was imported, and never was anywhere
+        return Move(record)
     if owner is None or owner.state is NodeState.LOST:
         return Move(record, "is lost")
     if owner.info.id in exclude:
@@ -142,7 +144,7 @@ class Resolving:
                 step = await self._woken(step, owner)
             match step:
                 case Answer(found):
-                    node = await self._node(found.value.node)
+                    node = await self.node(found.value.node)
                     if node is not None:
                         return Resolved(found.value, node.info.address)
                     record = await self._ownership.read(key)
@@ -173,7 +175,7 @@ class Resolving:
         record = step.record.value
         agent = await self.agent(record.key)
         try:
-            await self._reserve(owner, record.key, record.epoch, agent)
+            await self._reserve(owner, record.key, record.epoch, agent, record.size)
         except RoostError as refusal:
             return Move(step.record, _REFUSALS.get(refusal.reason, "refused it"))
         return Answer(Stored(replace(record, agent_version=agent.version), step.record.revision))
@@ -182,21 +184,30 @@ class Resolving:
         """Asks one node after another, nearest first, until one keeps room for it."""
         agent = await self.agent(key)
         current = move.record.value if move.record else None
-        refused = {current.node: move.because} if current and not move.may_stay else {}
+        if current is None:
+            self._cache.check_quota(key, 0, is_new=True)
+        size = current.size if current else None
+        need = agent.need.sized(size)
+        moved = current is not None and current.node != ""
+        refused = {current.node: move.because} if current and moved and not move.may_stay else {}
         for _ in range(_TRIES):
-            chosen = choose(agent.need, self._candidates(refused), client)
+            chosen = choose(need, self.candidates(refused), client)
             if isinstance(chosen, NoRoom):
                 return await self._nowhere(key, move, chosen)
-            node = await self._node(chosen.node)
+            node = await self.node(chosen.node)
             assert node is not None, "candidates come from the node table, which never forgets one"
-            why = f"moved from {current.node}, which {move.because}: {chosen.why}" if current else chosen.why
-            with self._counted(chosen.node, agent.need):
+            why = chosen.why
+            if current and moved:
+                why = f"moved from {current.node}, which {move.because}: {why}"
+            with self.counted(chosen.node, need):
                 try:
-                    await self._reserve(node, key, current.epoch + 1 if current else 1, agent)
+                    failpoint("coordinator.place.before_reservation")
+                    await self._reserve(node, key, current.epoch + 1 if current else 1, agent, size)
                 except RoostError as refusal:
                     refused[chosen.node] = _REFUSALS.get(refusal.reason, f"refused ({refusal.message})")
                     continue
-                placed = await self._place(key, move.record, chosen.node, why, agent.version)
+                failpoint("coordinator.place.reserved")
+                placed = await self._place(key, move.record, node, why, agent.version)
             if isinstance(placed, Placed):
                 return Resolved(placed.record.value, node.info.address)
             return placed
@@ -204,12 +215,19 @@ class Resolving:
         raise RoostError(Reason.NO_ROOM, f"no room for {key}: {said}", "try again in a few seconds")
 
     async def _place(
-        self, key: InstanceKey, expected: Stored[InstanceRecord] | None, node: str, why: str, version: str
+        self,
+        key: InstanceKey,
+        expected: Stored[InstanceRecord] | None,
+        node: NodeRecord,
+        why: str,
+        version: str,
     ) -> Placed | Overtaken:
         """Makes `node`, which has reserved, the owner. A commit that came between does not undo that: the
         reservation is for the next epoch, and that is still the next one."""
+        name = node.info.id
+        home = name if node.info.role is Role.EDGE else ""
         for _ in range(_LOOKS):
-            outcome = await self._ownership.place(key, expected, node, why, version)
+            outcome = await self._ownership.place(key, expected, name, why, version, home)
             if isinstance(outcome, Placed) or outcome.record is None or expected is None:
                 return outcome
             if outcome.record.value.epoch != expected.value.epoch:
@@ -235,7 +253,49 @@ class Resolving:
             "try again in a while; `roost status` shows what is where; another node would help",
         )
 
-    async def _reserve(self, node: NodeRecord, key: InstanceKey, epoch: int, agent: AgentRecord) -> None:
+    async def resize(
+        self, key: InstanceKey, size_from: Callable[[Resources], Resources | None]
+    ) -> tuple[InstanceRecord, Resources]:
+        """Gives the instance the size that `size_from` makes of its present one (None: its policy's); returns
+        what it has now. Its node, if it runs there, agrees first: NO_ROOM, and nothing has changed."""
+        stored = await self._ownership.read(key)
+        if stored is None:
+            raise RoostError(
+                Reason.BAD_REQUEST, f"there is no instance {key}", "one comes to be with its first message"
+            )
+        record, agent = stored.value, await self.agent(key)
+        size = size_from(agent.need.sized(record.size))
+        need = agent.need.sized(size)
+        if record.phase is not Phase.HIBERNATED:
+            await self._resize_on(record, agent, need)
+        resized = await self._ownership.resize(record.node, key, record.epoch, size)
+        return resized.value, need
+
+    async def _resize_on(self, record: InstanceRecord, agent: AgentRecord, need: Resources) -> None:
+        node = await self.node(record.node)
+        assert node is not None, "an owner has registered"
+        more = need - agent.need.sized(record.size)
+        with self.counted(record.node, more):
+            try:
+                await self._reserve(node, record.key, record.epoch, agent, need, resize=True)
+            except RoostError as refusal:
+                if refusal.reason is not Reason.NODE_FULL:
+                    raise
+                raise RoostError(
+                    Reason.NO_ROOM,
+                    f"{record.key} stays as large as it was: {refusal.message}",
+                    f"choose less, or let it move to a roomier node: `roost drain {record.node}`",
+                ) from refusal
+
+    async def _reserve(
+        self,
+        node: NodeRecord,
+        key: InstanceKey,
+        epoch: int,
+        agent: AgentRecord,
+        size: Resources | None,
+        resize: bool = False,
+    ) -> None:
         await self._reach.reserve(
             node,
             link_pb2.Reserve(
@@ -243,11 +303,13 @@ class Resolving:
                 epoch=epoch,
                 agent=agent.to_proto(),
                 hold_ms=round(self._hold * 1000),
+                size=size.to_proto() if size else None,
+                resize=resize,
             ),
         )
 
     @contextmanager
-    def _counted(self, node: str, need: Resources) -> Iterator[None]:
+    def counted(self, node: str, need: Resources) -> Iterator[None]:
         """Room asked for counts as taken until the record of it is in the cache, or it was refused."""
         self._in_flight[node] += need
         try:
@@ -255,7 +317,8 @@ class Resolving:
         finally:
             self._in_flight[node] -= need
 
-    def _candidates(self, refused: dict[str, str]) -> list[Candidate]:
+    def candidates(self, refused: dict[str, str]) -> list[Candidate]:
+        """All nodes, as placement sees them; `refused`: those that will not do, and why."""
         return [
             Candidate(
                 id=node.info.id,
@@ -280,7 +343,8 @@ class Resolving:
             return known.value
         return await self._read_node(record.value.node)
 
-    async def _node(self, node: str) -> NodeRecord | None:
+    async def node(self, node: str) -> NodeRecord | None:
+        """As last heard of. None: it never registered."""
         known = self._cache.node(node)
         return known.value if known else await self._read_node(node)
 
@@ -291,6 +355,10 @@ class Resolving:
         stored = NodeRecord.decode(found)
         self._cache.nodes.learn(node_key(node), stored)
         return stored.value
+
+    def check_quota(self, key: InstanceKey, state_bytes: int) -> None:
+        """TENANT_QUOTA if a commit may not make the instance so large."""
+        self._cache.check_quota(key, state_bytes)
 
     async def agent(self, key: InstanceKey) -> AgentRecord:
         """As last deployed. The cache may not have heard of it yet, so only the store can deny it."""

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coordinator.records import SIGNING_KEY, InstanceRecord, decode_signing_key, encode_signing_key
 from coordinator.store.base import Expect, Put, Store
+from shared import peer_tickets
 from shared.errors import Reason, RoostError
 from shared.identity import Ticket, sign_ticket
 
@@ -40,6 +41,11 @@ class Tickets:
     @property
     def public_keys(self) -> list[bytes]:
         return [key.public_key().public_bytes_raw() for key in self._keys]
+
+    def for_peer(self, asker: str, asked: str, site: str, lifetime: float) -> bytes:
+        """A permission for one node to ask another of its site for copies, for `lifetime` seconds."""
+        ticket = peer_tickets.PeerTicket(asker, asked, site, self._clock_unix() + lifetime)
+        return peer_tickets.sign(ticket, self._keys[0])
 
     def issue(self, record: InstanceRecord) -> bytes:
         """A permission to attach to the instance where `record` says that it is."""

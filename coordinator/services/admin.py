@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 from blake3 import blake3
 
 from coordinator.cache import Cache
+from coordinator.collecting.rounds import Fence
+from coordinator.journal import Journals
+from coordinator.mover import Mover
+from coordinator.moves import TURN, Moved, Moves, Wish
 from coordinator.records import (
     AgentRecord,
     InstanceRecord,
@@ -17,21 +23,42 @@ from coordinator.records import (
     Stored,
     agent_key,
     coordinator_key,
+    node_key,
 )
 from coordinator.registry import Registry
+from coordinator.resolving import Resolving
 from coordinator.store.base import Expect, Put, Store
-from protos.v1 import admin_pb2, admin_pb2_grpc, common_pb2
+from coordinator.timers import InstanceTimers
+from protos.v1 import admin_pb2, admin_pb2_grpc, common_pb2, timers_pb2
 from shared.content import is_hash
+from shared.effects import Call
 from shared.errors import Reason, RoostError
-from shared.identity import NAME_RULE, is_name
-from shared.policy import parse_policy
+from shared.identity import InstanceKey
+from shared.names import NAME_RULE, is_name
+from shared.policy import check_size, parse_policy
+from shared.resources import Resources
 
 
 class AdminServicer(admin_pb2_grpc.AdminServicer):
-    def __init__(self, store: Store, cache: Cache, registry: Registry) -> None:
+    def __init__(
+        self,
+        store: Store,
+        cache: Cache,
+        registry: Registry,
+        resolving: Resolving,
+        moves: Moves,
+        mover: Mover,
+        journals: Journals,
+        fence: Fence,
+    ) -> None:
+        self._fence = fence
+        self._resolving = resolving
+        self._moves = moves
+        self._mover = mover
         self._store = store
         self._cache = cache
         self._registry = registry
+        self._journals = journals
 
     async def Deploy(self, request: admin_pb2.DeployRequest, context: Any) -> admin_pb2.DeployReply:
         """What runs keeps its version until it hibernates or moves; whatever starts from now on is new."""
@@ -39,10 +66,11 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         name = agent_key(agent.tenant, agent.name)
         while True:  # each turn means that somebody else deployed this agent; the call's deadline bounds it
             found = await self._store.get(name)
+            fence = await self._fence.guard(request.gc_round, fresh=True)
             if found is not None and AgentRecord.decode(found).value == agent:
                 return admin_pb2.DeployReply(version=agent.version, changed=False)
             guard = Expect(name, found.revision if found else 0)
-            result = await self._store.txn([guard], [Put(name, agent.encode())])
+            result = await self._store.txn([guard, *fence], [Put(name, agent.encode())])
             if result.succeeded:
                 self._cache.agents.learn(name, Stored(agent, result.revision))
                 return admin_pb2.DeployReply(version=agent.version, changed=True)
@@ -57,11 +85,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def Status(self, request: admin_pb2.StatusRequest, context: Any) -> admin_pb2.StatusReply:
         nodes = sorted(self._cache.nodes.records.items())
         instances = sorted(self._cache.instances.records.items())
+        last = self._cache.collection
         return admin_pb2.StatusReply(
             nodes=[self._node(stored.value) for _, stored in nodes],
-            instances=[_instance(stored.value) for _, stored in instances],
+            instances=[_instance(s.value, self._cache.timers_of(s.value.key)) for _, s in instances],
             agents=self._agents(""),
             coordinator=self._registry.me,
+            collection=last.to_proto() if last else None,
         )
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainReply:
@@ -74,8 +104,71 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
                 )
             return replace(node, draining=not request.undo)
 
-        await self._registry.change_node(request.node, drained)
-        return admin_pb2.DrainReply(instances=len(self._cache.instances_of(request.node)))
+        found = await self._store.get(node_key(request.node))
+        if found is None or NodeRecord.decode(found).value.draining is request.undo:
+            await self._registry.change_node(request.node, drained)  # else it is only asked how far it is
+        owned = self._cache.instances_of(request.node).values()
+        return admin_pb2.DrainReply(
+            instances=len(owned),
+            live=sum(1 for record in owned if record.phase is not Phase.HIBERNATED),
+            waiting=self._mover.trouble(request.node),
+        )
+
+    async def Resize(self, request: admin_pb2.ResizeRequest, context: Any) -> admin_pb2.ResizeReply:
+        wanted = Resources.from_proto(request.size)
+
+        def size_from(present: Resources) -> Resources | None:
+            if request.reset:
+                return None
+            size = Resources(
+                wanted.memory_bytes or present.memory_bytes,
+                wanted.cpu_millis or present.cpu_millis,
+                wanted.pids or present.pids,
+            )
+            check_size(size)
+            return size
+
+        record, need = await self._resolving.resize(InstanceKey.from_proto(request.key), size_from)
+        return admin_pb2.ResizeReply(
+            size=need.to_proto(), node=record.node, running=record.phase is not Phase.HIBERNATED
+        )
+
+    async def Effects(self, request: admin_pb2.EffectsRequest, context: Any) -> admin_pb2.EffectsReply:
+        journals = await self._journals.unfinished(InstanceKey.from_proto(request.key))
+        return admin_pb2.EffectsReply(
+            turns=[
+                admin_pb2.Journal(turn_id=journal.turn_id, calls=[call.to_proto() for call in journal.calls])
+                for journal in journals
+            ]
+        )
+
+    async def Settle(self, request: admin_pb2.SettleRequest, context: Any) -> admin_pb2.SettleReply:
+        await self._journals.settle(
+            InstanceKey.from_proto(request.key),
+            request.turn_id,
+            Call.from_proto(request.call),
+            request.done,
+            request.result,
+        )
+        return admin_pb2.SettleReply()
+
+    async def Move(
+        self, request: admin_pb2.MoveRequest, context: Any
+    ) -> AsyncIterator[admin_pb2.MoveProgress]:
+        wish = Wish(
+            InstanceKey.from_proto(request.key),
+            request.node or None,
+            "an operator moved it",
+            home=True,
+            turn=request.turn_ms / 1000 or TURN,
+            now=request.now,
+        )
+        told: asyncio.Queue[str | None] = asyncio.Queue()
+        task = self._moves.begin(wish, told.put_nowait)
+        task.add_done_callback(lambda _: told.put_nowait(None))
+        while (text := await told.get()) is not None:
+            yield admin_pb2.MoveProgress(doing=text)
+        yield admin_pb2.MoveProgress(moved=_moved(await task))
 
     def _agents(self, tenant: str) -> list[common_pb2.AgentSpec]:
         records = sorted(self._cache.agents.records.items())
@@ -108,7 +201,20 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return "draining" if node.draining else "up"
 
 
-def _instance(record: InstanceRecord) -> admin_pb2.InstanceStatus:
+def _moved(moved: Moved) -> admin_pb2.Moved:
+    return admin_pb2.Moved(
+        source=moved.source,
+        target=moved.record.node,
+        epoch=moved.record.epoch,
+        version=moved.record.version,
+        live=moved.live,
+        pause_ms=moved.pause * 1000,
+        prefetched_bytes=moved.prefetched,
+        trouble=moved.trouble,
+    )
+
+
+def _instance(record: InstanceRecord, timers: Stored[InstanceTimers] | None) -> admin_pb2.InstanceStatus:
     return admin_pb2.InstanceStatus(
         key=record.key.to_proto(),
         node=record.node,
@@ -117,6 +223,19 @@ def _instance(record: InstanceRecord) -> admin_pb2.InstanceStatus:
         phase=record.phase.value,
         why=record.why,
         last_turn=record.last_turn,
+        size=record.size.to_proto() if record.size else None,
+        parked=record.parked,
+        timers=[
+            timers_pb2.TimerStatus(
+                name=timer.name,
+                due_unix=timer.due,
+                attempts=timer.attempts,
+                next_unix=0.0 if timer.failed else timer.next,
+                error=timer.error,
+                failed=timer.failed,
+            )
+            for timer in (timers.value.timers if timers else ())
+        ],
     )
 
 

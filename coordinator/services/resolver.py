@@ -11,6 +11,7 @@ from coordinator.resolving import Resolving
 from coordinator.tickets import Tickets
 from protos.v1 import resolver_pb2, resolver_pb2_grpc
 from shared.errors import Reason, RoostError
+from shared.failpoints import failpoint
 from shared.identity import InstanceKey
 
 
@@ -31,6 +32,7 @@ class ResolverServicer(resolver_pb2_grpc.ResolverServicer):
             frozenset(request.exclude),
         )
         found = await self._resolving.resolve(InstanceKey.from_proto(request.key), client)
+        failpoint("coordinator.resolve.before_answer")
         return resolver_pb2.ResolveReply(
             node=found.record.node,
             address=found.address,

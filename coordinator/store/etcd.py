@@ -20,7 +20,7 @@ from etcd3aio.watch import WatchService
 from coordinator.store.base import Change, Compacted, Delete, Expect, Listing, Put, Record, TxnResult
 from shared.errors import Reason, RoostError
 
-_PAGE = 1000  # records in one answer, so that no listing outgrows a message
+_PAGE = 500  # records in one answer, so that no listing outgrows a message: some have 64 KiB
 
 _CHANNEL_OPTIONS = [
     # gRPC's own are 1 s growing to 2 min: an etcd that is back would be ignored for that long.
