@@ -1,7 +1,7 @@
 """What developers import: `from roost import Agent` in an agent, `from roost import Client` elsewhere.
 
-This file and `roost/agent.py` alone are bound into jails, so both need nothing but the standard library
-and Python 3.9; the client, which needs gRPC, is imported when somebody asks for it.
+This file, `agent.py`, `_effects.py` and `_timers.py` alone are bound into jails, so they need nothing but the
+standard library and Python 3.9; the client, which needs gRPC, is imported when somebody asks for it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from roost._effects import CallError
+    from roost._tasks import TaskError, TaskResult
     from roost.agent import Agent, Turn
     from roost.client import AsyncClient, Client
 
-__all__ = ["Agent", "AsyncClient", "Client", "Turn"]
+__all__ = ["Agent", "AsyncClient", "CallError", "Client", "TaskError", "TaskResult", "Turn"]
 
 _HOMES = {
     "Agent": "roost.agent",
+    "CallError": "roost._effects",
+    "TaskError": "roost._tasks",
+    "TaskResult": "roost._tasks",
     "Turn": "roost.agent",
     "AsyncClient": "roost.client",
     "Client": "roost.client",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ import grpc
 import grpc.aio
 
 from protos.v1 import attach_pb2, attach_pb2_grpc
-from roost._types import Delta, Receipt, Reply
+from roost._types import Delta, Receipt, Reply, Waiting
 from shared import rpc
 from shared.errors import Reason, RoostError, from_rpc
 
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 ASK_TIMEOUT = 10.0  # seconds for one coordinator, before the next is asked
 ATTACH_TIMEOUT = 10.0  # seconds for a node to accept a ticket
+LEAVE_TIMEOUT = 3.0  # seconds for a node to say what came of a turn that was left, and so cancelled
 
 _WRITE_FAILED = "Internal error from Core"  # what grpc.aio says when a stream broke while it wrote
 
@@ -95,6 +97,7 @@ class Attachment:
         self.place = place
         self._channel = channel
         self._call = call
+        self._reading: asyncio.Future[object] | None = None
 
     @classmethod
     async def open(cls, place: Place, timeout: float) -> Attachment:
@@ -109,13 +112,20 @@ class Attachment:
             raise
         return attachment
 
-    async def send(self, turn_id: str, message: str) -> bool:
+    async def send(self, turn: attach_pb2.Turn) -> bool:
         """Sends a turn. False: the stream had ended, as it may between turns, and nothing was sent."""
-        return await self._write(attach_pb2.AttachRequest(turn=attach_pb2.Turn(id=turn_id, message=message)))
+        return await self._write(attach_pb2.AttachRequest(turn=turn))
 
-    async def replies(self, turn_id: str, timeout: float) -> AsyncGenerator[Delta | Reply, None]:
-        """The sent turn's deltas, then its reply. RoostError: what the node said of the turn,
-        NODE_UNREACHABLE if the stream broke, DEADLINE if there was no end within `timeout`."""
+    async def cancel(self, turn_id: str) -> None:
+        """Asks that the sent turn end. `replies` says what comes of it."""
+        await self._write(attach_pb2.AttachRequest(cancel=attach_pb2.Cancel(turn_id=turn_id)))
+
+    async def replies(
+        self, turn_id: str, timeout: float, cancel_if_left: bool
+    ) -> AsyncGenerator[Waiting | Delta | Reply, None]:
+        """What the sent turn waits for, its deltas, then its reply. RoostError: what the node said of it,
+        NODE_UNREACHABLE if the stream broke, DEADLINE if there was no end within `timeout`.
+        `cancel_if_left`: whoever leaves before the end cancels the turn."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         ended = False
@@ -123,6 +133,8 @@ class Attachment:
             while not ended:
                 reply = await self._read(deadline - loop.time(), Reason.DEADLINE)
                 match reply.WhichOneof("kind"):
+                    case "waiting":
+                        yield Waiting(reply.waiting.text)
                     case "delta":
                         yield Delta(reply.delta.text)
                     case "failed":
@@ -132,12 +144,29 @@ class Attachment:
                         ended = True
                         done = reply.committed
                         yield Reply(done.reply, Receipt.from_proto(done.receipt), turn_id, self.place.why)
+        except (GeneratorExit, asyncio.CancelledError):
+            if cancel_if_left and not ended:
+                await self._take_back(turn_id)
+            raise
         finally:
             if not ended:
                 self._call.cancel()
 
+    async def _take_back(self, turn_id: str) -> None:
+        """Cancels a turn whose outcome nobody waits for: only until the node has heard of it."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + LEAVE_TIMEOUT
+        with suppress(RoostError):
+            await self.cancel(turn_id)
+            kind = None
+            while kind not in ("failed", "committed"):
+                reply = await self._read(deadline - loop.time(), Reason.DEADLINE)
+                kind = reply.WhichOneof("kind")
+
     async def close(self) -> None:
         self._call.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
         await self._channel.close(None)
 
     async def _greet(self, timeout: float) -> None:
@@ -155,11 +184,15 @@ class Attachment:
 
     async def _read(self, timeout: float, late: Reason) -> attach_pb2.AttachReply:
         node = f"node {self.place.node}"
+        # In a task of its own: whoever stops waiting for a read would end the stream with it.
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._call.read())
+        reading = self._reading
+        if not (await asyncio.wait({reading}, timeout=max(0.0, timeout)))[0]:
+            raise RoostError(late, f"{node} did not answer in time")
+        self._reading = None
         try:
-            async with asyncio.timeout(timeout):
-                reply = await self._call.read()
-        except TimeoutError as error:
-            raise RoostError(late, f"{node} did not answer in time") from error
+            reply = None if reading.cancelled() else reading.result()
         except grpc.aio.AioRpcError as error:
             if error.details() == _WRITE_FAILED:
                 raise RoostError(Reason.NODE_UNREACHABLE, f"the connection to {node} broke") from error

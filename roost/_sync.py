@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from typing import Any, TypeVar
 
 from roost._async import TURN_TIMEOUT, AsyncChat, AsyncClient
@@ -58,13 +58,28 @@ class Chat:
     def close(self) -> None:
         self._loop.run(self._chat.close())
 
-    def send(self, message: str, turn_id: str | None = None, timeout: float = TURN_TIMEOUT) -> Reply:
-        return self._loop.run(self._chat.send(message, turn_id, timeout))
+    def cancel(self) -> None:
+        """As `AsyncChat.cancel`; from any thread, or from a signal's handler."""
+        self._loop.call(self._chat.cancel)
+
+    def send(
+        self,
+        message: str,
+        turn_id: str | None = None,
+        timeout: float = TURN_TIMEOUT,
+        cancel_if_left: bool = False,
+    ) -> Reply:
+        """As `AsyncChat.send`. KeyboardInterrupt, too, is leaving it."""
+        return self._loop.run(self._chat.send(message, turn_id, timeout, cancel_if_left))
 
     def stream(
-        self, message: str, turn_id: str | None = None, timeout: float = TURN_TIMEOUT
+        self,
+        message: str,
+        turn_id: str | None = None,
+        timeout: float = TURN_TIMEOUT,
+        cancel_if_left: bool = False,
     ) -> Generator[Event, None, None]:
-        events = self._chat.stream(message, turn_id, timeout)
+        events = self._chat.stream(message, turn_id, timeout, cancel_if_left)
         try:
             while (event := self._loop.run(_next(events))) is not None:
                 yield event
@@ -100,6 +115,10 @@ class _LoopThread:
             if future.cancel():  # the caller was interrupted, and the coroutine still runs
                 finished.wait(_CANCEL_TIMEOUT)
             raise
+
+    def call(self, function: Callable[[], None]) -> None:
+        """In its thread, soon."""
+        self._loop.call_soon_threadsafe(function)
 
     @property
     def stopped(self) -> bool:

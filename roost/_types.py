@@ -9,7 +9,8 @@ from protos.v1 import common_pb2
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a reply rests on. `lost` is empty unless something committed could not be restored."""
+    """What a reply rests on. `lost` is empty unless a reply that this chat was given before is not true any
+    more, or something committed could not be restored."""
 
     node: str
     epoch: int
@@ -18,6 +19,7 @@ class Receipt:
     resumed_version: int  # the state version that the turn built on
     lost: tuple[str, ...]
     replayed: bool  # the turn had been applied before; this is its recorded reply
+    durable: bool  # False: the reply was given out before its commit (durability = "async")
 
     @classmethod
     def from_proto(cls, proto: common_pb2.Receipt) -> Receipt:
@@ -29,6 +31,7 @@ class Receipt:
             proto.resumed_version,
             tuple(proto.lost),
             proto.replayed,
+            proto.durable,
         )
 
 
@@ -40,13 +43,21 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """What the turn waits for before it begins, in words: such as the agent's packages being unpacked."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Restarted:
     """All deltas of this turn so far are void: the turn is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A committed reply. `why` says in words why the instance is where it is."""
+    """The whole reply, committed if its receipt says durable. `why` says in words why the instance is where
+    it is."""
 
     text: str
     receipt: Receipt
@@ -54,4 +65,4 @@ class Reply:
     why: str
 
 
-Event = Delta | Restarted | Reply
+Event = Waiting | Delta | Restarted | Reply

@@ -1,4 +1,5 @@
-"""The agent SDK. This one file, with Python 3.9 or later and nothing else, is all that an agent needs.
+"""The agent SDK. This file and those of `_effects`, `_line`, `_tasks` and `_timers`, with Python 3.9 or later
+and nothing else, are all that an agent needs.
 
     from roost import Agent
 
@@ -15,6 +16,10 @@ message is a 4-byte big-endian length and that many bytes of UTF-8 JSON:
     agent -> node   {"kind": "ready"}                             once, when it may get turns
     node -> agent   {"kind": "turn", "id", "user", "message"}     the next only after the reply or error
     agent -> node   {"kind": "delta", "id", "text"}               any number: a provisional piece of the reply
+    agent -> node   {"kind": "run", "id", "task", "argv", ...}    any number: a command for a jail of its own
+    node -> agent   {"kind": "result", "id", "task", ...}         one for each of those, while the turn lasts
+    agent -> node   {"kind": "call"} and {"kind": "done"}         what it does outside: see _effects.py
+    agent -> node   {"kind": "timer"}                             a turn for later: see _timers.py
     agent -> node   {"kind": "reply", "id", "text"}               the turn is done
     agent -> node   {"kind": "error", "id", "message"}            the turn failed; the agent lives on
 
@@ -24,41 +29,42 @@ The node closes the socket to end the agent, which then exits with 0.
 from __future__ import annotations
 
 import asyncio
-import getpass
+import functools
 import importlib
 import inspect
 import json
 import os
 import socket
-import struct
 import sys
-import threading
 import traceback
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from roost import _tasks, _timers
+from roost._effects import Calls
+from roost._line import Line, Message
+from roost._tasks import TaskResult
+
 FD_VARIABLE = "ROOST_FD"
+PARKED_VARIABLE = "ROOST_PARKED"  # set where a process waits for a user who has not come yet
 STATE_DIR = Path("/state")
 STATE_FILE = "roost.json"
 LOCAL_STATE_DIR = Path(".roost-state")
-MAX_FRAME = 8 << 20  # bytes, as the node has it
 MAX_REPLY = 1 << 20  # bytes of a reply as UTF-8, as the node has it
 EXIT_IMPORT = 3  # the agent could not be imported
 
-_LENGTH = struct.Struct(">I")
 _WANTED = "return the reply as a str, or yield it in pieces of str"
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
-Message = dict[str, Any]
 
 
 class Turn:
     """One message of a user. `state` is kept as JSON in `state_dir`/roost.json when the turn succeeds;
     anything else may be kept as files in `state_dir`."""
 
-    __slots__ = ("_emit", "id", "message", "state", "state_dir", "user")
+    __slots__ = ("_ask", "_calls", "_emit", "id", "message", "state", "state_dir", "timer", "user")
 
     def __init__(
         self,
@@ -66,13 +72,17 @@ class Turn:
         state: dict[str, Any],
         state_dir: Path,
         emit: Callable[[Message], None],
+        ask: Callable[[Message], Message],
     ) -> None:
         self.id: str = asked["id"]
         self.user: str = asked["user"]
         self.message: str = asked["message"]
+        self.timer: str | None = asked.get("timer")  # the name of what started it, if it was no message
         self.state = state
         self.state_dir = state_dir
         self._emit = emit
+        self._ask = ask
+        self._calls = Calls(self.id, emit, ask)
 
     def say(self, text: str) -> None:
         """Streams a piece of the reply to the user now. It stays provisional until the turn is committed."""
@@ -80,12 +90,71 @@ class Turn:
             raise TypeError(f"say() wants a str, not {type(text).__name__}")
         self._emit({"kind": "delta", "id": self.id, "text": text})
 
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        files: Mapping[str, bytes | str] | None = None,
+        memory: str | int | None = None,
+        cpu: float | None = None,
+        pids: int | None = None,
+        timeout: float | None = None,
+        outputs: Sequence[str] = (),
+    ) -> TaskResult:
+        """Runs a command in a jail of its own, and waits for its end. It starts in an empty directory with
+        `files` in it (path to content), has no network, and nothing of it is left afterwards but the result;
+        `outputs` are patterns, like "*.png", of the files to bring back. `memory` ("64M"), `cpu` (cores),
+        `pids` and `timeout` (seconds) are at most what agent.toml allows, and that if they are not given.
+
+        Threads may run several at once. TaskError if the node can't run it; how it ended is in the result."""
+        asked = _tasks.request(self.id, argv, files or {}, outputs)
+        wanted: Message = {"memory": memory, "cpu": cpu, "pids": pids, "timeout": timeout}
+        asked.update({name: value for name, value in wanted.items() if value is not None})
+        return _tasks.result(self._ask(asked))
+
+    async def run_async(self, argv: Sequence[str], **options: Any) -> TaskResult:
+        """As `run`, for async handlers. Cancelling it does not end the task: the end of the turn does."""
+        call = functools.partial(self.run, argv, **options)
+        return await asyncio.get_running_loop().run_in_executor(_tasks.threads(), call)
+
+    def call(self, name: str, function: Callable[..., Any], /, *args: Any, repeat: str, **kwargs: Any) -> Any:
+        """Does something outside of the state: returns `function(*args, **kwargs)`, as JSON has it. If this
+        turn was run before and `function` ended then, its result is returned, and it is not called again.
+        Else `repeat` decides: "safe" calls it again; "keyed" calls it with a `key=` that is the same in each
+        run; "never" does not: the turn fails until a person has said whether it was done (`roost effects`).
+
+        CallError if `function` raised, now or then, or must not be called. A turn must make the same calls,
+        in the same order, each time it is run."""
+        return self._calls.make(name, function, args, kwargs, repeat)
+
+    async def call_async(
+        self, name: str, function: Callable[..., Any], /, *args: Any, repeat: str, **kwargs: Any
+    ) -> Any:
+        """As `call`, for async handlers; `function` may be async, too."""
+        return await self._calls.make_async(name, function, args, kwargs, repeat, _tasks.threads())
+
+    def wake_at(self, when: datetime | float, message: str = "", *, name: str = "wake") -> None:
+        """Has a turn started `when` it is time (a datetime with a zone, or seconds since 1970), whether or
+        not anybody is attached then, and wherever the instance is: its `message` is this one, its `timer` is
+        `name`. It takes the place of an older timer of that name. It counts if this turn is committed."""
+        self._emit(_timers.at(self.id, name, when, message))
+
+    def wake_in(self, seconds: float, message: str = "", *, name: str = "wake") -> None:
+        """As `wake_at`, so many seconds (1 or more) after this turn is committed."""
+        self._emit(_timers.after(self.id, name, seconds, message))
+
+    def cancel_wake(self, name: str = "wake") -> None:
+        """Takes back a timer, if there is one of that name; it counts if this turn is committed."""
+        self._emit(_timers.cancel(self.id, name))
+
 
 class Agent:
     """An agent has one handler, set with `@agent.turn`, that answers each turn of its one user."""
 
     def __init__(self) -> None:
         self._handler: Callable[[Turn], Any] | None = None
+        self._warm_up: Callable[[], Any] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def turn(self, handler: Handler) -> Handler:
         """Makes `handler(turn)` the one that answers. It may be a function or an async one that returns the
@@ -95,16 +164,32 @@ class Agent:
         self._handler = handler
         return handler
 
+    def warm_up(self, function: Handler) -> Handler:
+        """Makes `function()`, which may be async, run in each process that waits for a user, before one
+        comes: what is made at first use is then made. It has no state and no network, and is for speed alone:
+        a process whose user is there already does without it, and so does one in which it fails."""
+        self._warm_up = function
+        return function
+
+    def get_ready(self) -> None:
+        """Makes what an asynchronous handler's first turn would, while there is no user yet."""
+        if inspect.iscoroutinefunction(self._handler) or inspect.isasyncgenfunction(self._handler):
+            self._loop = _new_loop()
+            self._loop.run_until_complete(asyncio.sleep(0))
+
     def run(self) -> NoReturn:
         """Answers turns until the node ends it; outside of a node, those typed at this terminal."""
         if self._handler is None:
             raise RuntimeError("this agent has no turn handler: write one under @agent.turn")
         fd = os.environ.get(FD_VARIABLE)
         if fd is None:
-            _chat_here(self._handler, LOCAL_STATE_DIR)
+            from roost import _here  # is not in jails
+
+            _here.chat(self._handler, LOCAL_STATE_DIR)
         else:
+            waits = os.environ.pop(PARKED_VARIABLE, None) is not None
             with socket.socket(fileno=int(fd)) as node:
-                serve(self._handler, node, STATE_DIR)
+                serve(self._handler, node, STATE_DIR, self._warm_up if waits else None, self._loop)
         sys.exit(0)
 
 
@@ -132,7 +217,7 @@ def load(entry: str) -> Agent:
 # --- answering turns -----------------------------------------------------------------------------
 
 
-class _Answerer:
+class Answerer:
     """Answers one user's turns, one after another, with `handler`.
 
     Invariant: between turns, the state in memory is what `state_dir`/roost.json says. After a failed turn
@@ -141,13 +226,19 @@ class _Answerer:
     """
 
     def __init__(
-        self, handler: Callable[[Turn], Any], state_dir: Path, emit: Callable[[Message], None]
+        self,
+        handler: Callable[[Turn], Any],
+        state_dir: Path,
+        emit: Callable[[Message], None],
+        ask: Callable[[Message], Message],
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._handler = handler
         self._state_dir = state_dir
         self._emit = emit
+        self._ask = ask
         self._saved: str | None = None  # the state's JSON; None: to be read
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = loop
 
     def answer(self, asked: Message) -> None:
         """Sends exactly one reply or error. Raises only what the agent can't outlive."""
@@ -160,10 +251,19 @@ class _Answerer:
         else:
             self._emit({"kind": "reply", "id": asked["id"], "text": reply})
 
+    def warm_up(self, warm_up: Callable[[], Any]) -> None:
+        """Runs what the developer has for it. That it fails is no reason not to answer turns."""
+        try:
+            result = warm_up()
+            if inspect.isawaitable(result):
+                self._wait(_awaited(result))
+        except Exception:
+            traceback.print_exc()
+
     def _run(self, asked: Message) -> str:
         if self._saved is None:
             self._saved = self._read_state()
-        turn = Turn(asked, json.loads(self._saved), self._state_dir, self._emit)
+        turn = Turn(asked, json.loads(self._saved), self._state_dir, self._emit, self._ask)
         reply = self._call(turn)
         if len(reply.encode("utf-8", "replace")) > MAX_REPLY:  # before the state is saved
             raise ValueError(f"the reply is over the limit of {MAX_REPLY >> 20} MiB")
@@ -184,8 +284,7 @@ class _Answerer:
 
     def _wait(self, coroutine: Any) -> Any:
         if self._loop is None:  # kept, so that what the handler opened stays usable in later turns
-            self._loop = asyncio.new_event_loop()
-            asyncio.set_event_loop(self._loop)
+            self._loop = _new_loop()
         return self._loop.run_until_complete(coroutine)
 
     def _read_state(self) -> str:
@@ -231,101 +330,39 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
+def _new_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    return loop
+
+
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())[:1000]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _json(value: object) -> bytes:
-    """`value` as JSON in UTF-8; lone surrogates, which UTF-8 can't carry, become question marks."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-
-
 # --- on a node -----------------------------------------------------------------------------------
 
 
-def serve(handler: Callable[[Turn], Any], node: socket.socket, state_dir: Path) -> None:
-    """Answers the turns that come over `node`; returns when the other side has closed it."""
-    sending = threading.Lock()  # a handler's threads may say something, too
-
-    def emit(message: Message) -> None:
-        payload = _json(message)
-        with sending:
-            node.sendall(_LENGTH.pack(len(payload)) + payload)
-
-    answerer = _Answerer(handler, state_dir, emit)
+def serve(
+    handler: Callable[[Turn], Any],
+    node: socket.socket,
+    state_dir: Path,
+    warm_up: Callable[[], Any] | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+) -> None:
+    """Answers the turns that come over `node`; returns when the other side has closed it. `warm_up` is run
+    before that, if nobody waits yet; `loop` is for asynchronous handlers, if there is one already."""
+    line = Line(node)
+    answerer = Answerer(handler, state_dir, line.emit, line.ask, loop)
+    if warm_up is not None:
+        answerer.warm_up(warm_up)
     try:
-        emit({"kind": "ready"})
-        while True:
-            payload = _receive(node)
-            if payload is None:
-                return
-            message = json.loads(payload)
-            if message["kind"] == "turn":  # other kinds are a newer node's: not for this SDK
-                answerer.answer(message)
+        line.emit({"kind": "ready"})
+        while (asked := line.next_turn()) is not None:
+            answerer.answer(asked)
     except (BrokenPipeError, ConnectionResetError):
         return  # the node is gone, or has ended this agent
-
-
-def _receive(node: socket.socket) -> bytes | None:
-    """The next message, or None when the other side has closed."""
-    header = _read_exactly(node, _LENGTH.size)
-    if header is None:
-        return None
-    (length,) = _LENGTH.unpack(header)
-    if length > MAX_FRAME:
-        raise ValueError(f"the node sent a message of {length} bytes; at most {MAX_FRAME} are allowed")
-    return _read_exactly(node, length)
-
-
-def _read_exactly(node: socket.socket, count: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < count:
-        part = node.recv(count - len(parts))
-        if not part:
-            return None
-        parts += part
-    return bytes(parts)
-
-
-# --- at a terminal, without a node ---------------------------------------------------------------
-
-
-def _chat_here(handler: Callable[[Turn], Any], state_dir: Path) -> None:
-    state_dir.mkdir(exist_ok=True)
-    prompt = "> " if sys.stdin.isatty() else ""
-    if prompt:
-        print(f"No node here: talking at this terminal, with the state in {state_dir}/. Ctrl-D ends it.")
-    streamed: list[str] = []
-
-    def emit(message: Message) -> None:
-        if message["kind"] == "delta":
-            streamed.append(message["text"])
-            print(message["text"], end="", flush=True)
-            return
-        text = message["text"] if message["kind"] == "reply" else message["message"]
-        if streamed:
-            print()
-        if text != "".join(streamed):
-            print(text, flush=True)
-        streamed.clear()
-
-    answerer = _Answerer(handler, state_dir, emit)
-    user = _user_name()
-    while True:
-        try:
-            message = input(prompt)
-            if message:
-                answerer.answer({"id": uuid.uuid4().hex, "user": user, "message": message})
-        except (EOFError, KeyboardInterrupt):
-            return
-
-
-def _user_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a uid without a name
-        return "you"
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ with Client() as client, client.attach("chef", "ana") as chat:
 async with AsyncClient() as client, client.attach("chef", "ana") as chat:
     async for event in chat.stream("What can I cook?"):
         match event:
+            case Waiting(text): ...              # what it waits for, in words
             case Delta(text): ...                # provisional
             case Restarted(): ...                # the deltas so far are void
-            case Reply(text, receipt): ...       # last, and committed
+            case Reply(text, receipt): ...       # last, and committed, as its receipt says
 """
 
 from roost._async import AsyncChat, AsyncClient
 from roost._sync import Chat, Client
-from roost._types import Delta, Event, Receipt, Reply, Restarted
+from roost._types import Delta, Event, Receipt, Reply, Restarted, Waiting
 from shared.errors import Reason, RoostError
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "Reply",
     "Restarted",
     "RoostError",
+    "Waiting",
 ]

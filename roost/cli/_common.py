@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from roost._mesh import Coordinators
 from roost._where import find_coordinators
 from shared.errors import RoostError
+from shared.units import parse_size
 
 T = TypeVar("T")
 
@@ -43,6 +44,14 @@ def add_command(
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def size_argument(text: str) -> int:
+    """The type of an argument: bytes, written like 64M."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def tenant_of(args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -43,6 +44,36 @@ def instances(status: admin_pb2.StatusReply) -> Grid:
     headers = ("user", "agent", "node", "epoch", "version", "phase", "why")
     ordered = sorted(status.instances, key=lambda i: (i.key.tenant, i.key.agent, i.key.user))
     return Grid("instances", headers, tuple(_instance(i) for i in ordered), "no user has an instance yet")
+
+
+def parked(status: admin_pb2.StatusReply) -> Grid:
+    """Turns that wait until somebody says what became of a call."""
+    rows = tuple(
+        (Cell(i.key.user, "bold"), Cell(i.key.agent), Cell(i.parked, "red"))
+        for i in status.instances
+        if i.parked
+    )
+    return Grid("parked turns: roost effects AGENT --user U", ("user", "agent", "uncertain call"), rows, "")
+
+
+def timers(status: admin_pb2.StatusReply) -> Grid:
+    """What falls due when, the soonest first, and what failed."""
+    rows = tuple(
+        (
+            Cell(instance.key.user, "bold"),
+            Cell(instance.key.agent),
+            Cell(timer.name),
+            Cell(datetime.fromtimestamp(timer.due_unix).astimezone().isoformat(" ", "seconds")),
+            Cell(str(timer.attempts)),
+            Cell("failed" if timer.failed else "waits", "red" if timer.failed else ""),
+            Cell(timer.error),
+        )
+        for instance, timer in sorted(
+            ((i, timer) for i in status.instances for timer in i.timers), key=lambda pair: pair[1].due_unix
+        )
+    )
+    headers = ("user", "agent", "timer", "due", "attempts", "state", "error")
+    return Grid("timers", headers, rows, "")
 
 
 def agents(status: admin_pb2.StatusReply) -> Grid:

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.live import Live
@@ -22,7 +24,7 @@ from roost.cli._common import (
     tell,
     tenant_of,
 )
-from roost.client import Chat, Client, Delta, Reply, Restarted
+from roost.client import Chat, Client, Delta, Reply, Restarted, Waiting
 from shared.errors import RoostError
 
 _TIMEOUT = 60.0
@@ -55,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say_once(chat: Chat, args: argparse.Namespace) -> int:
-    reply = chat.send(args.message, args.turn_id, args.timeout)
+    with _interrupt_cancels(chat):
+        reply = chat.send(args.message, args.turn_id, args.timeout)
     if args.json:
         told = {
             "reply": reply.text,
@@ -78,7 +81,9 @@ def _converse(chat: Chat, args: argparse.Namespace) -> int:
         prompt = "> "
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() editing and history
-        console.print(Text(f"Talking to {args.agent} as {args.user}. Ctrl-D ends it.", "dim"))
+        console.print(
+            Text(f"Talking to {args.agent} as {args.user}. Ctrl-C cancels a turn, Ctrl-D ends it.", "dim")
+        )
     failed = False
     while True:
         try:
@@ -101,18 +106,39 @@ def _converse(chat: Chat, args: argparse.Namespace) -> int:
 def _stream(console: Console, chat: Chat, message: str, timeout: float) -> Reply:
     """Shows the reply while it is provisional; what is void vanishes. Returns the committed one."""
     said = ""
-    with Live(console=console, transient=True, auto_refresh=False) as live:
+    with _interrupt_cancels(chat), Live(console=console, transient=True, auto_refresh=False) as live:
         for event in chat.stream(message, timeout=timeout):
             match event:
                 case Delta(text):
                     said += text
                 case Restarted():
                     said = ""
+                case Waiting(text):
+                    if console.is_terminal:
+                        live.update(Text(printable(f"({text})"), "dim italic"), refresh=True)
+                    continue
                 case Reply():
                     return event
             if console.is_terminal:
                 live.update(Text(printable(said), "dim"), refresh=True)
     raise AssertionError("a stream ends with a reply or an error")
+
+
+@contextlib.contextmanager
+def _interrupt_cancels(chat: Chat) -> Iterator[None]:
+    """The first Ctrl-C cancels the turn, which is then waited for: it says what came of it. The second ends
+    this program, as ever."""
+
+    def cancel(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        chat.cancel()
+        print("roost: cancelling this turn; Ctrl-C again leaves at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _receipt(reply: Reply) -> Text:
@@ -124,6 +150,8 @@ def _receipt(reply: Reply) -> Text:
         f"resumed from {receipt.resumed_from}",
         reply.why,
     ]
+    if not receipt.durable:
+        parts.append("not committed yet")
     if receipt.replayed:
         parts.append("applied before: this is its recorded reply")
     text = Text(printable(" · ".join(part for part in parts if part)), "dim")

@@ -13,11 +13,43 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from roost.cli import chat, deploy, down, drain, logs, nodes, status, top, up
+from roost.cli import (
+    chat,
+    deploy,
+    down,
+    drain,
+    effects,
+    jail,
+    logs,
+    move,
+    nodes,
+    quota,
+    resize,
+    state,
+    status,
+    top,
+    up,
+)
 from roost.cli._common import tell
 from shared.errors import RoostError
 
-_COMMANDS = (up, down, deploy, chat, status, top, nodes, drain, logs)
+_COMMANDS = (
+    up,
+    down,
+    deploy,
+    chat,
+    status,
+    top,
+    nodes,
+    drain,
+    move,
+    resize,
+    effects,
+    quota,
+    state,
+    logs,
+    jail,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

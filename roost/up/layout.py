@@ -69,7 +69,7 @@ def _etcd(data: Path, etcd: str, client: str, peer: str, machine: str) -> Proces
         f"--initial-advertise-peer-urls=http://{peer}",
         f"--initial-cluster=up=http://{peer}",
         "--auto-compaction-mode=periodic",
-        "--auto-compaction-retention=1h",
+        "--auto-compaction-retention=10m",
         "--logger=zap",
         "--log-level=warn",
     )
