@@ -1,4 +1,4 @@
-"""What every `Blobs` promises: the fake in memory, and gRPC to a real service over a directory."""
+"""What every `Blobs` promises: the fake in memory, and gRPC to a real service over a directory or S3."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Protocol
 import grpc.aio
 import pytest
 
-from coordinator.blobs import BlobsServicer, open_blob_store
-from edge_agent.state.blobs import Blobs, GrpcBlobs, MemoryBlobs
-from protos.v1 import blobs_pb2_grpc
+from coordinator.blobs import open_blob_store
+from edge_agent.state.blobs import Blobs, MemoryBlobs
 from shared.content import MAX_BLOB, Blob
 from shared.errors import Reason, RoostError
+from tests.support.blob_service import serving
+from tests.support.s3 import S3, running_s3
 
 BLOBS = [Blob.of(f"blob {i}".encode() * 10) for i in range(200)]
 
@@ -94,27 +95,48 @@ class TestMemoryBlobs(BlobsContract):
 
 class TestGrpcBlobs(BlobsContract):
     @pytest.fixture
-    async def server(self, tmp_path: Path) -> AsyncIterator[tuple[grpc.aio.Server, int]]:
-        server = grpc.aio.server()
-        store = open_blob_store(f"file://{tmp_path}/blobs")
-        blobs_pb2_grpc.add_BlobsServicer_to_server(BlobsServicer(store), server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        yield server, port
-        await server.stop(None)
+    async def served(self, tmp_path: Path) -> AsyncIterator[tuple[grpc.aio.Server, Blobs]]:
+        async with serving(open_blob_store(f"file://{tmp_path}/blobs")) as served:
+            yield served
 
     @pytest.fixture
-    async def blobs(self, server: tuple[grpc.aio.Server, int]) -> AsyncIterator[Blobs]:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server[1]}") as channel:
-            yield GrpcBlobs(channel, timeout=10)
+    def blobs(self, served: tuple[grpc.aio.Server, Blobs]) -> Blobs:
+        return served[1]
 
     @pytest.fixture
-    def behind(self, server: tuple[grpc.aio.Server, int], tmp_path: Path) -> Behind:
+    def behind(self, served: tuple[grpc.aio.Server, Blobs], tmp_path: Path) -> Behind:
         class Directory:
             async def overwrite(self, hash: str, zstd: bytes) -> None:
                 (tmp_path / "blobs" / "chunks" / hash[:2] / hash).write_bytes(zstd)
 
             async def shut(self) -> None:
-                await server[0].stop(None)
+                await served[0].stop(None)
 
         return Directory()
+
+
+class TestS3Blobs(BlobsContract):
+    """A real S3-compatible server behind the coordinator's service."""
+
+    @pytest.fixture
+    async def s3(self, tmp_path: Path) -> AsyncIterator[S3]:
+        async with running_s3(tmp_path / "s3") as server:
+            yield server
+
+    @pytest.fixture
+    async def blobs(self, s3: S3, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Blobs]:
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        async with serving(open_blob_store(s3.url)) as (_, blobs):
+            yield blobs
+
+    @pytest.fixture
+    def behind(self, s3: S3) -> Behind:
+        class Server:
+            async def overwrite(self, hash: str, zstd: bytes) -> None:
+                (s3.objects / "chunks" / hash[:2] / hash).write_bytes(zstd)
+
+            async def shut(self) -> None:
+                await s3.kill()
+
+        return Server()

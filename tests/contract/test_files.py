@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from edge_agent.state.files import Entry, Files, Kind
 from edge_agent.state.local_files import LocalFiles
-from edge_agent.state.tree import MAX_DEPTH, TEMPORARY
+from edge_agent.state.tree import MAX_DEPTH, MAX_OPENED, TEMPORARY
 from shared.errors import Reason, RoostError
 
 ODD = b"\xff\xfe \n'\"\\".decode(sys.getfilesystemencoding(), "surrogateescape")
@@ -39,6 +40,26 @@ class FilesContract:
         assert entries[3].mtime_ns == status.st_mtime_ns
         assert entries[3].ctime_ns == status.st_ctime_ns
         assert entries[3].inode == status.st_ino
+
+    async def test_what_was_changed_since_comes_with_descriptors_of_a_few(
+        self, files: Files, root: Path
+    ) -> None:
+        (root / "old").write_bytes(b"old")
+        (root / "dir").mkdir()
+        entries = await files.scan()
+        since = max(entry.ctime_ns for entry in entries) + 1
+        found, opened = await files.changed(since)
+        assert (found, opened) == (entries, {})
+        await asyncio.sleep(0.02)  # the clock's tick, by which files are stamped
+        for number in range(3 * MAX_OPENED):
+            (root / "dir" / f"{number:02}").write_bytes(b"%d" % number)
+        (root / "dir" / "link").symlink_to("00")
+        found, opened = await files.changed(since)
+        assert found == await files.scan()
+        assert list(opened) == [f"dir/{number:02}" for number in range(MAX_OPENED)]
+        for number, fd in enumerate(opened.values()):
+            assert os.read(fd, 10) == b"%d" % number
+            os.close(fd)
 
     async def test_a_scan_leaves_out_what_is_no_file(self, files: Files, root: Path) -> None:
         os.mkfifo(root / "fifo")

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from edge_agent.jail.api import MAX_MESSAGE, Exit, Jail, JailGone, Jails, JailSpec
-from edge_agent.state.files import Kind
+from edge_agent.state.files import Entry, Kind
 from shared.errors import Reason, RoostError
-from tests.support.fake_jails import AgentExit, FakeAgent, FakeJails
+from shared.resources import Resources
+from tests.support.fake_jails import AgentExit, FakeAgent, FakeJails, FakeTask
 from tests.support.jailer import LIMITS, needs_root, python, running_jailer, spec
 
 # An agent that does what it is told: "echo TEXT", "write NAME" (in /state), "exit CODE", "last WORDS" (sends
-# them and exits with 0 at once).
+# them and exits with 0 at once), "dial PORT TEXT" (says TEXT to who listens there, and passes on the answer),
+# "serve PORT" (listens there, and says to who comes what they said).
 OBEDIENT = """
+import threading
+def serve(listening):
+    peer, _ = listening.accept()
+    peer.sendall(peer.recv(100))
+    peer.close()
 while True:
     word, _, rest = recv().decode().partition(" ")
     if word == "echo": send(rest.encode())
     if word == "write": open("/state/" + rest, "w").write(rest); send(b"written")
     if word == "exit": raise SystemExit(int(rest))
     if word == "last": send(rest.encode()); raise SystemExit(0)
+    if word == "dial":
+        port, _, text = rest.partition(" ")
+        peer = socket.create_connection(("127.0.0.1", int(port)))
+        peer.sendall(text.encode())
+        send(peer.recv(100))
+    if word == "serve":
+        listening = socket.create_server(("127.0.0.1", int(rest)))
+        threading.Thread(target=serve, args=(listening,)).start()
+        send(b"served")
 """
 
 
@@ -42,6 +61,43 @@ async def obedient(agent: FakeAgent) -> None:
             case "last":
                 await agent.send(rest.encode())
                 return
+            case "dial":
+                port, _, text = rest.partition(" ")
+                await agent.send(await _said_to(agent.connect(int(port)), text))
+            case "serve":
+                listening = agent.listen(int(rest))
+                listening.setblocking(True)
+                threading.Thread(target=_serve, args=(listening,), daemon=True).start()
+                await agent.send(b"served")
+
+
+def _serve(listening: socket.socket) -> None:
+    with suppress(OSError), listening, listening.accept()[0] as peer:  # its jail may end first
+        peer.sendall(peer.recv(100))
+
+
+async def _said_to(peer: socket.socket, text: str) -> bytes:
+    """What comes back."""
+    loop = asyncio.get_running_loop()
+    with peer:
+        await loop.sock_sendall(peer, text.encode())
+        return await loop.sock_recv(peer, 100)
+
+
+# A program that is no agent, and its argument: "work" (says something, copies `in`, exits with 3), or "hang".
+WORK = """
+if [ "$1" = hang ]; then echo waiting; exec sleep 1000; fi
+echo said; echo complained >&2; cat in > out; exit 3
+"""
+
+
+async def work(task: FakeTask) -> int:
+    if task.spec.argv[-1] == "hang":
+        task.say(b"waiting\n")
+        await asyncio.Event().wait()
+    task.say(b"said\n", b"complained\n")
+    (task.state / "out").write_bytes((task.state / "in").read_bytes())
+    return 3
 
 
 @dataclass
@@ -60,7 +116,7 @@ class World:
 
 @asynccontextmanager
 async def _fake(directory: Path) -> AsyncIterator[World]:
-    jails = FakeJails(directory / "jails", obedient)
+    jails = FakeJails(directory / "jails", obedient, work)
     yield World(jails, ("/agent/obedient",))
     await jails.close()
 
@@ -200,6 +256,22 @@ async def test_a_frozen_agent_answers_only_when_thawed_while_its_files_can_be_re
     assert (await jail.kill()).code == -9
 
 
+async def test_what_runs_gets_other_limits(world: World) -> None:
+    jail = await world.started("a")
+    assert jail.limits == LIMITS
+    for limits in (Resources(256 << 20, 2000, 64), Resources(100 << 20, 500, 16)):
+        await jail.resize(limits)
+        assert jail.limits == limits
+    with pytest.raises(RoostError) as refused:
+        await jail.resize(Resources(1, 1, 0))
+    assert refused.value.reason is Reason.JAIL_FAILED
+    assert jail.limits == limits
+    assert await _ask(jail, "echo unharmed") == b"unharmed"
+    await jail.kill()
+    with pytest.raises(JailGone):
+        await jail.resize(LIMITS)
+
+
 async def test_usage_counts_what_runs(world: World) -> None:
     jail = await world.started("a")
     await _ask(jail, "echo here")
@@ -224,3 +296,94 @@ async def test_directories_stay_until_they_are_discarded(world: World) -> None:
     with pytest.raises(RoostError, match="runs"):
         await jails.discard("c")
     assert await (await jails.make(world.spec("a"))).files.scan() == []
+
+
+async def test_the_daemon_is_who_listens_at_a_port_inside(world: World) -> None:
+    jail = await world.jails.make(world.spec("a"))
+    with await jail.listen(4000) as listening:  # before anything of the agent runs
+        await jail.start()
+        await jail.send(b"dial 4000 hello")
+        async with asyncio.timeout(10.0):
+            peer, _ = await asyncio.get_running_loop().sock_accept(listening)
+            with peer:
+                assert await asyncio.get_running_loop().sock_recv(peer, 100) == b"hello"
+                await asyncio.get_running_loop().sock_sendall(peer, b"welcome")
+            assert await jail.receive() == b"welcome"
+        with pytest.raises(RoostError, match="4000") as refused:
+            await jail.listen(4000)
+        assert refused.value.reason is Reason.JAIL_FAILED
+    assert await _ask(jail, "echo unharmed") == b"unharmed"
+    (await jail.listen(4000)).close()  # as the next daemon does
+
+
+async def test_the_daemon_connects_to_a_port_inside(world: World) -> None:
+    jail = await world.started("a")
+    with pytest.raises(ConnectionRefusedError, match="4000"):
+        await jail.connect(4000)
+    assert await _ask(jail, "serve 4000") == b"served"
+    async with asyncio.timeout(10.0):
+        assert await _said_to(await jail.connect(4000), "hello") == b"hello"
+
+
+async def test_two_jails_have_two_networks(world: World) -> None:
+    first, second = await world.started("a"), await world.started("b")
+    assert await _ask(first, "serve 4000") == b"served"
+    with pytest.raises(ConnectionRefusedError):
+        await second.connect(4000)
+    (await second.listen(4000)).close()
+
+
+@pytest.mark.parametrize("port", [0, -1, 65_536])
+async def test_what_is_no_port_is_refused(world: World, port: int) -> None:
+    jail = await world.started("a")
+    for call in (jail.listen, jail.connect):
+        with pytest.raises(RoostError) as refused:
+            await call(port)
+        assert refused.value.reason is Reason.JAIL_FAILED
+    assert await _ask(jail, "echo unharmed") == b"unharmed"
+
+
+async def test_a_jail_that_has_ended_has_no_network(world: World) -> None:
+    jail = await world.started("a")
+    await jail.kill()
+    for call in (jail.listen, jail.connect):
+        assert (await _gone(lambda: call(4000))).code == -9  # noqa: B023
+
+
+def _all_of(fd: int) -> bytes:
+    with open(fd, "rb") as file:
+        return file.read()
+
+
+async def test_a_task_says_how_it_ended_and_leaves_its_files_until_it_is_killed(world: World) -> None:
+    task = await world.jails.task(spec("task-a", ("sh", "-c", WORK, "task", "work")))
+    fd = await task.files.open_write("in")
+    os.write(fd, b"given")
+    os.close(fd)
+    await task.files.commit_write(Entry("in", Kind.FILE, 0o644))
+    output, errors = await task.begin()
+    assert await task.wait(10.0) == 3
+    assert await task.wait(10.0) == 3
+    assert (_all_of(output), _all_of(errors)) == (b"said\n", b"complained\n")
+    assert [e.path for e in await task.files.scan()] == ["in", "out"]
+    assert _all_of(await task.files.open_read("out")) == b"given"
+    assert await task.kill() == Exit(3, out_of_memory=False)
+    await _gone(lambda: task.wait(1.0))
+
+
+async def test_a_task_that_goes_on_is_killed_and_leaves_no_directory(world: World) -> None:
+    task = await world.jails.task(spec("task-a", ("sh", "-c", WORK, "task", "hang")))
+    output, errors = await task.begin()
+    assert await task.wait(0.01) is None
+    waiting = asyncio.create_task(task.wait(10.0))
+    assert (await task.kill()).code == -9
+    await _gone(lambda: waiting)
+    assert (await task.kill()).code == -9
+    assert (_all_of(errors), _all_of(output)) in [(b"", b""), (b"", b"waiting\n")]
+    assert await world.jails.directories() == []
+    assert await world.jails.adopt() == []
+
+
+async def test_a_task_that_was_never_begun_can_be_killed(world: World) -> None:
+    task = await world.jails.task(spec("task-a", ("true",)))
+    assert (await task.kill()).code == -9

@@ -16,10 +16,9 @@ from protos.v1 import admin_pb2, admin_pb2_grpc, common_pb2, resolver_pb2, resol
 from shared import rpc
 from shared.config import Duration
 from shared.errors import Reason, RoostError, from_rpc
-from tests.support.etcd import DYING_WITH_PARENT
 from tests.support.eventually import eventually
 from tests.support.fake_node import FakeNode
-from tests.support.process import ROOT, Process
+from tests.support.process import Process
 
 HEARTBEAT, TTL = 0.3, 1.5
 POLICY = """
@@ -149,17 +148,6 @@ ready_file = "{self._ready}"
 """
         )
         super().__init__("coordinator", ["--config", str(file)], directory / f"{settings.id}.log")
-
-    async def start(self) -> None:
-        with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *DYING_WITH_PARENT,
-                *self._argv,
-                cwd=ROOT,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
 
     async def ready(self) -> str:
         """Its address, once it serves."""

@@ -29,30 +29,44 @@ def free_ports(count: int) -> list[int]:
 class Etcd:
     """One etcd process on this machine. After `stop` or `kill`, `start` brings it back with its data."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "default") -> None:
+        self.name = name
         self._directory = directory
         client, peer = free_ports(2)
         self.endpoint = f"127.0.0.1:{client}"
         self._peer = f"127.0.0.1:{peer}"
+        self._cluster = [self]
         self._process: asyncio.subprocess.Process | None = None
 
+    def join(self, cluster: list[Etcd]) -> None:
+        """Makes it a member of a cluster of these. Before its first start."""
+        self._cluster = cluster
+
     async def start(self) -> None:
+        """Returns when it answers, for which a cluster needs more than half of its members."""
+        await self.launch()
+        await eventually(self._answers, 10.0, f"etcd at {self.endpoint}")
+
+    async def launch(self) -> None:
+        """Starts it, and waits for nothing."""
         client, peer = f"http://{self.endpoint}", f"http://{self._peer}"
+        members = ",".join(f"{member.name}=http://{member._peer}" for member in self._cluster)
         with (self._directory / "etcd.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *DYING_WITH_PARENT,
                 "etcd",
+                *("--name", self.name),
                 *("--data-dir", str(self._directory / "data")),
                 *("--listen-client-urls", client, "--advertise-client-urls", client),
                 *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-                *("--initial-cluster", f"default={peer}"),
+                *("--initial-cluster", members),
                 # Leases may be no shorter than 1.5 elections; tests want 1 s.
                 *("--heartbeat-interval", "50", "--election-timeout", "500"),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                process_group=0,  # Ctrl-C is for the test, which ends it
             )
-        await eventually(self._answers, 10.0, f"etcd at {self.endpoint}")
 
     async def stop(self, number: int = signal.SIGTERM) -> None:
         """Ends it; it is gone on return. One that ignores the signal for 5 s is killed."""
@@ -70,6 +84,10 @@ class Etcd:
     async def restart(self) -> None:
         await self.stop(signal.SIGKILL)
         await self.start()
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     def suspend(self) -> None:
         """From now on it neither answers nor refuses."""
@@ -113,3 +131,17 @@ async def running_etcd(directory: Path) -> AsyncIterator[Etcd]:
         yield etcd
     finally:
         await etcd.stop(signal.SIGKILL)
+
+
+@asynccontextmanager
+async def running_cluster(directory: Path, members: int) -> AsyncIterator[list[Etcd]]:
+    """Some etcds that are one, each with its data in a directory of its own beneath `directory`."""
+    cluster = [Etcd(directory / f"etcd{i}", f"etcd{i}") for i in range(members)]
+    try:
+        for member in cluster:
+            (directory / member.name).mkdir(parents=True)
+            member.join(cluster)
+        await asyncio.gather(*(member.start() for member in cluster))
+        yield cluster
+    finally:
+        await asyncio.gather(*(member.stop(signal.SIGKILL) for member in cluster))

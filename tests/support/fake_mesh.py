@@ -22,7 +22,8 @@ from protos.v1 import (
     resolver_pb2_grpc,
 )
 from shared import rpc
-from shared.errors import RoostError
+from shared.errors import Reason, RoostError
+from tests.support.eventually import eventually
 
 Replies = AsyncIterator[attach_pb2.AttachReply]
 Answer = Callable[["FakeNode", attach_pb2.Turn], Replies]
@@ -43,6 +44,7 @@ async def echo(node: FakeNode, turn: attach_pb2.Turn) -> Replies:
         version=len(node.turns),
         resumed_from=common_pb2.NEW if len(node.turns) == 1 else common_pb2.LIVE,
         resumed_version=len(node.turns) - 1,
+        durable=True,
     )
     yield attach_pb2.AttachReply(committed=attach_pb2.Committed(turn_id=turn.id, reply=text, receipt=receipt))
 
@@ -63,6 +65,14 @@ async def dying(node: FakeNode, turn: attach_pb2.Turn) -> Replies:
     await asyncio.Event().wait()  # until the server cancels it
 
 
+async def cancellable(node: FakeNode, turn: attach_pb2.Turn) -> Replies:
+    """A delta, and no more until it is cancelled."""
+    yield delta(turn, "so far")
+    await eventually(lambda: turn.id in node.cancels, 30.0, "the turn is cancelled")
+    error = RoostError(Reason.TURN_CANCELLED, "the turn was cancelled", "")
+    yield attach_pb2.AttachReply(failed=attach_pb2.TurnFailed(turn_id=turn.id, error=error.to_proto()))
+
+
 async def silent(node: FakeNode, turn: attach_pb2.Turn) -> Replies:
     """The node never answers."""
     await node.stopped.wait()
@@ -80,6 +90,8 @@ class FakeNode(attach_pb2_grpc.AttachServicer):
         self.refusals: deque[RoostError] = deque()  # of the next hellos
         self.tickets: list[bytes] = []
         self.turns: list[tuple[str, str]] = []
+        self.sent: list[attach_pb2.Turn] = []  # the same, whole
+        self.cancels: list[str] = []
         self.stopped = asyncio.Event()
         self.address = ""
         self._server = rpc.server()
@@ -104,7 +116,7 @@ class FakeNode(attach_pb2_grpc.AttachServicer):
         requests: AsyncIterator[attach_pb2.AttachRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> Replies:
-        async for request in requests:
+        async for request in self._turns(requests):
             if request.HasField("hello"):
                 self.tickets.append(request.hello.ticket)
                 if self.refusals:
@@ -112,9 +124,31 @@ class FakeNode(attach_pb2_grpc.AttachServicer):
                 yield attach_pb2.AttachReply(attached=attach_pb2.Attached(node=self.name, epoch=self.epoch))
                 continue
             self.turns.append((request.turn.id, request.turn.message))
+            self.sent.append(request.turn)
             answer = self.script.popleft() if self.script else echo
             async for reply in answer(self, request.turn):
                 yield reply
+
+    async def _turns(
+        self, requests: AsyncIterator[attach_pb2.AttachRequest]
+    ) -> AsyncIterator[attach_pb2.AttachRequest]:
+        """All but cancellations, which are read as they come."""
+        arrived: asyncio.Queue[attach_pb2.AttachRequest | None] = asyncio.Queue()
+
+        async def read() -> None:
+            async for request in requests:
+                if request.HasField("cancel"):
+                    self.cancels.append(request.cancel.turn_id)
+                else:
+                    arrived.put_nowait(request)
+            arrived.put_nowait(None)
+
+        reading = asyncio.create_task(read())
+        try:
+            while (request := await arrived.get()) is not None:
+                yield request
+        finally:
+            reading.cancel()
 
 
 class FakeCoordinator(
@@ -130,6 +164,9 @@ class FakeCoordinator(
         self.status = admin_pb2.StatusReply(coordinator="c1")
         self.deployed: list[common_pb2.AgentSpec] = []
         self.drained: list[tuple[str, bool]] = []
+        self.drains: deque[admin_pb2.DrainReply] = deque()
+        self.moved: list[admin_pb2.MoveRequest] = []
+        self.resized: list[admin_pb2.ResizeRequest] = []
         self.blobs: dict[str, bytes] = {}
         self.address = ""
         self._server = rpc.server()
@@ -170,13 +207,40 @@ class FakeCoordinator(
         self.deployed.append(request.agent)
         return admin_pb2.DeployReply(version="v" + request.agent.bundle_root[:8], changed=changed)
 
+    async def ListAgents(self, request: Any, context: Any) -> Any:
+        agents = [common_pb2.AgentSpec(name=a.name, policy_toml=a.policy_toml) for a in self.deployed]
+        for agent, spec in zip(agents, self.deployed, strict=True):
+            agent.bundle_root, agent.version = spec.bundle_root, spec.bundle_root
+        return admin_pb2.ListAgentsReply(agents=agents)
+
     async def Drain(  # type: ignore[override]
         self, request: admin_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> admin_pb2.DrainReply:
         if self.refusals:
             await self.refusals.popleft().abort(context)
         self.drained.append((request.node, request.undo))
-        return admin_pb2.DrainReply(instances=2)
+        return self.drains.popleft() if self.drains else admin_pb2.DrainReply(instances=2)
+
+    async def Resize(  # type: ignore[override]
+        self, request: admin_pb2.ResizeRequest, context: Any
+    ) -> admin_pb2.ResizeReply:
+        self.resized.append(request)
+        size = common_pb2.Resources(
+            memory_bytes=request.size.memory_bytes or 1, cpu_millis=request.size.cpu_millis or 1, pids=9
+        )
+        return admin_pb2.ResizeReply(size=size, node="north", running=True)
+
+    async def Move(  # type: ignore[override]
+        self, request: admin_pb2.MoveRequest, context: Any
+    ) -> AsyncIterator[admin_pb2.MoveProgress]:
+        self.moved.append(request)
+        if self.refusals:
+            await self.refusals.popleft().abort(context)
+        yield admin_pb2.MoveProgress(doing="south prepares")
+        moved = admin_pb2.Moved(
+            source="north", target=request.node or "south", epoch=2, version=1, live=True, pause_ms=12.3
+        )
+        yield admin_pb2.MoveProgress(moved=moved)
 
     async def Missing(  # type: ignore[override]
         self, request: blobs_pb2.MissingRequest, context: Any
@@ -191,6 +255,10 @@ class FakeCoordinator(
             self.blobs[blob.hash] = blob.zstd
             stored += 1
         return blobs_pb2.PutReply(stored=stored)
+
+    async def Get(self, request: Any, context: Any) -> AsyncIterator[blobs_pb2.Blob]:
+        for hash in request.hashes:
+            yield blobs_pb2.Blob(hash=hash, zstd=self.blobs[hash])
 
 
 class FakeMesh:

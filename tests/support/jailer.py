@@ -17,7 +17,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -29,6 +29,7 @@ from edge_agent.jail.client import JailerClient
 from edge_agent.jail.python import base_interpreter, zygote_argv
 from shared.resources import Resources
 from tests.support.process import Process
+from tests.support.run_jailer import LEVEL
 
 
 def is_root() -> bool:
@@ -83,23 +84,29 @@ def spec(jail_id: str, argv: tuple[str, ...], limits: Resources = LIMITS, **env:
 class RunningJailer:
     """`jails` is the client; after the daemon was restarted, `reconnect` makes it a new one."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, config: str = "", image: Path | None = None, level: str = "INFO"
+    ) -> None:
+        """`config`: more of its edge.toml. `image`: of a file system that its data is on (`quota_disk`).
+        `level`: of its log."""
         self.data_dir = directory / "data"
         self.daemon_pid = 0
         # At random, so that test runs at the same time do not share uids.
         self._uids = range(base := 1_000_000_000 + secrets.randbelow(10_000) * 65_536, base + 65_536)
         self.jails: JailerClient
-        self._config = directory / "edge.toml"
+        self.config = directory / "edge.toml"
         name = f"roost-test-{secrets.token_hex(8)}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind("\0" + name)
         self._listener.listen()
         self._listener.setblocking(False)
-        argv = (str(self._config), sys.executable, "-m", "tests.support.jail_daemon", name)
-        self.process = Process("tests.support.run_jailer", argv, directory / "log")
-        self._config.write_text(
+        argv = (str(self.config), sys.executable, "-m", "tests.support.jail_daemon", name)
+        module = "quota_disk" if image else "run_jailer"
+        argv = (*([str(image)] if image else []), *argv)
+        self.process = Process(f"tests.support.{module}", argv, directory / "log", {LEVEL: level})
+        self.config.write_text(
             f'node = "test"\ndata_dir = "{self.data_dir}"\ncoordinators = ["127.0.0.1:1"]\n'
-            f'[jailer]\nuid_base = {self._uids.start}\nstop_grace = "5s"\n'
+            f'[jailer]\nuid_base = {self._uids.start}\nstop_grace = "5s"\n{config}'
         )
 
     async def start(self) -> None:
@@ -131,9 +138,12 @@ class RunningJailer:
 
     async def zygote(self, version: str, code: str, top: str = "") -> Zygote:
         """One that has imported a module of version `version`, which runs `code` in each jail."""
+        return await self.jails.zygote(self.zygote_spec(f"zygote-{version}", version, code, top))
+
+    def zygote_spec(self, jail_id: str, version: str, code: str, top: str = "") -> JailSpec:
+        """Of a zygote, whose module is put in place."""
         self.bundle(version, {"hello.txt": "hello", "raw.py": _FORKED.format(code=_TALK + code, top=top)})
-        argv = zygote_argv("raw:agent")
-        return await self.jails.zygote(JailSpec(f"zygote-{version}", version, argv, {}, LIMITS))
+        return JailSpec(jail_id, version, zygote_argv("raw:agent"), {}, LIMITS)
 
     async def forked(self, jail_id: str, zygote: Zygote, **env: str) -> Jail:
         """A jail whose agent was forked from `zygote`."""
@@ -161,6 +171,16 @@ class RunningJailer:
         """The directories of jails in all control group trees."""
         return [child for p in self._cgroup_parents() for child in p.iterdir() if child.is_dir()]
 
+    def members(self, jail_id: str) -> list[int]:
+        """The host's pids of all in the control groups of a jail or zygote."""
+        found: set[int] = set()
+        for group in self.cgroups():
+            if group.name == jail_id:
+                for procs in (group / "cgroup.procs", group / "agent" / "cgroup.procs"):
+                    with suppress(OSError):  # there is none, or it has just ended
+                        found.update(map(int, procs.read_text().split()))
+        return sorted(found)
+
     def _cgroup_parents(self) -> list[Path]:
         root, name = Path("/sys/fs/cgroup"), parent_name(self.data_dir)
         return [p for d in (root, *root.iterdir()) if (p := d / name).is_dir()]
@@ -170,6 +190,14 @@ class RunningJailer:
         mine = os.readlink("/proc/self/ns/pid")
         children = psutil.Process(self.process.pid).children()
         return [child.pid for child in children if _pid_namespace(child.pid) not in (None, mine)]
+
+    def child_named(self, name: str) -> psutil.Process | None:
+        children = psutil.Process(self.process.pid).children()
+        return next((child for child in children if _name(child) == name), None)
+
+    def shells(self) -> list[int]:
+        """Of those, the ones that no jail has yet: they have a zygote's uid for the time being."""
+        return [pid for pid in self.inits() if _waits(pid)]
 
     def leftovers(self) -> list[str]:
         """What a jailer that has ended left on this machine, but for its data directory."""
@@ -182,7 +210,7 @@ class RunningJailer:
 
     def forked_only(self) -> list[int]:
         """It and those that it forked and that have executed nothing since: inits, in whatever state."""
-        return [p.pid for p in psutil.process_iter() if alive(p.pid) and str(self._config) in _command(p)]
+        return [p.pid for p in psutil.process_iter() if alive(p.pid) and str(self.config) in _command(p)]
 
     def jailed(self) -> list[int]:
         """The host's pids of all that runs in its jails: whoever has one of its uids."""
@@ -218,6 +246,21 @@ def _uid(pid: int) -> int:
         return -1
 
 
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _waits(pid: int) -> bool:
+    try:
+        uids = psutil.Process(pid).uids()
+    except psutil.NoSuchProcess:  # it ended just now
+        return False
+    return bool(uids.real == 0 != uids.effective)
+
+
 def _pid_namespace(pid: int) -> str | None:
     try:
         return os.readlink(f"/proc/{pid}/ns/pid")
@@ -232,10 +275,12 @@ def _new_directory() -> Path:
 
 
 @asynccontextmanager
-async def running_jailer() -> AsyncIterator[RunningJailer]:
+async def running_jailer(
+    config: str = "", image: Path | None = None, level: str = "INFO"
+) -> AsyncIterator[RunningJailer]:
     """Stopped at the end, with all of its jails; its log is printed for a test that fails."""
     directory = _new_directory()
-    jailer = RunningJailer(directory)
+    jailer = RunningJailer(directory, config, image, level)
     try:
         await jailer.start()
         yield jailer

@@ -14,18 +14,17 @@ import psutil
 from coordinator.records import SIGNING_KEY, InstanceRecord, Phase, decode_signing_key, instance_key
 from coordinator.store.base import Expect, Put
 from coordinator.store.etcd import open_etcd
-from protos.v1 import admin_pb2, admin_pb2_grpc, common_pb2, resolver_pb2, resolver_pb2_grpc
-from roost.cli.deploy import _deploy, check
+from protos.v1 import admin_pb2, admin_pb2_grpc, resolver_pb2, resolver_pb2_grpc
+from roost.cli.deploy import deploy
 from roost.client import AsyncClient
 from shared import rpc
-from shared.bundle import pack
 from shared.identity import InstanceKey
 from tests.support.etcd import Etcd, free_ports, running_etcd
 from tests.support.eventually import eventually
 from tests.support.process import Process
 
 AGENTS = Path(__file__).parent / "agents"
-TTL = 3.0  # seconds; short, yet long enough for two busy cores
+TTL = 6.0  # seconds; short, yet a machine that stands still for 3 s moves no instance
 
 _uid_ranges = itertools.count(2_000_200_000, 65_536)
 
@@ -37,7 +36,10 @@ class NodeSpec:
     site: str = "lab"
     position: tuple[float, float] | None = None
     memory: str = "1G"
+    cpu: float = 8.0
+    pids: int = 1000
     coordinators: tuple[int, ...] = ()  # indices; empty: all, in order
+    more: str = ""  # of its edge.toml
 
 
 NORTH = NodeSpec("edge-north", site="north", position=(59.9, 10.8))
@@ -45,10 +47,19 @@ SOUTH = NodeSpec("edge-south", site="south", position=(41.4, 2.2))
 CLOUD = NodeSpec("cloud-1", role="cloud", site="cloud", position=(50.1, 8.7))
 
 
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where a mesh's blobs lie, and what its coordinators need to know to get there."""
+
+    url: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Mesh:
     directory: Path
     etcd: Etcd
+    store: Store
     coordinators: list[Process] = field(default_factory=list)
     nodes: dict[str, Process] = field(default_factory=dict)
     addresses: list[str] = field(default_factory=list)  # of the coordinators
@@ -65,10 +76,13 @@ class Mesh:
         return [state.parent.name for state in states if any(state.iterdir())]
 
     def occupied(self, node: str) -> bool:
-        """Has the node processes other than its own two, zygotes, and jails that wait for a user?"""
-        states = [(s.stat().st_uid, any(s.iterdir())) for s in self.data_dir(node).glob("jails/*/state")]
-        waiting = {uid - of_init for uid, used in states if not used for of_init in (0, 1)}
-        return len([p for p in self.nodes[node].tree() if p.uids().real not in waiting]) > 2
+        """Has an instance with state a process there? The agent's uid owns it; init's is the one below."""
+        try:
+            states = [self.data_dir(node) / "jails" / used / "state" for used in self.used_directories(node)]
+            uids = {state.stat().st_uid - of_init for state in states for of_init in (0, 1)}
+        except FileNotFoundError:  # one was removed meanwhile: look again
+            return self.occupied(node)
+        return any(process.uids().real in uids for process in self.nodes[node].tree())
 
     async def status(self) -> admin_pb2.StatusReply:
         for address in self.addresses:
@@ -130,14 +144,7 @@ class Mesh:
         raise AssertionError(f"node {node} has no daemon:\n{self.nodes[node].log()[-2000:]}")
 
     async def clean(self, node: str) -> None:
-        """What an operator runs after a node was killed and is not to be started again."""
-        cleaner = Process(
-            "edge_agent",
-            ["--config", str(self.directory / f"{node}.toml"), "--clean"],
-            self.directory / "log",
-        )
-        await cleaner.start()
-        await cleaner.wait(20.0)
+        await clean_node(self.directory, node)
 
     async def wait_up(self, *names: str, timeout: float = 20.0) -> None:
         async def all_up() -> bool:
@@ -162,12 +169,20 @@ class Mesh:
             lines = [f"{key} = {value}" if line.startswith(f"{key} ") else line for line in text.splitlines()]
             text = "\n".join(lines) + "\n"
         toml.write_text(text)
-        policy_toml, policy = check(copy)
-        bundle = pack(copy)
-        spec = common_pb2.AgentSpec(
-            tenant="default", name=policy.agent.name, policy_toml=policy_toml, bundle_root=bundle.root
-        )
-        await _deploy(self.addresses, spec, bundle)
+        await deploy(self.addresses, "default", copy, lambda text: None)
+
+
+async def clean_node(directory: Path, node: str) -> None:
+    """What an operator runs after a node was killed and is not to be started again."""
+    config = directory / f"{node}.toml"
+    cleaner = Process("edge_agent", ["--config", str(config), "--clean"], directory / "log")
+    await cleaner.start()
+    await cleaner.wait(20.0)
+
+
+def next_uid_base() -> int:
+    """For a node's jails, apart from all others of this process."""
+    return next(_uid_ranges)
 
 
 @asynccontextmanager
@@ -176,15 +191,18 @@ async def running_mesh(
     nodes: Sequence[NodeSpec] = (NORTH, SOUTH, CLOUD),
     coordinators: int = 1,
     ttl: float = TTL,
+    store: Store | None = None,
+    coordinator_toml: str = "",
 ) -> AsyncIterator[Mesh]:
-    """All of it, up. Whatever happens, nothing of it is left when the block ends."""
+    """All of it, up. Whatever happens, nothing of it is left when the block ends. `store`: where blobs go,
+    else into a directory; `coordinator_toml` is added to each coordinator's configuration."""
     (directory / "etcd").mkdir(parents=True)
     async with running_etcd(directory / "etcd") as etcd:
-        mesh = Mesh(directory, etcd)
+        mesh = Mesh(directory, etcd, store or Store(f"file://{directory}/blobs"))
         try:
             for i, port in enumerate(free_ports(coordinators)):
                 mesh.addresses.append(f"127.0.0.1:{port}")
-                mesh.coordinators.append(_coordinator(mesh, i, ttl))
+                mesh.coordinators.append(_coordinator(mesh, i, ttl, coordinator_toml))
                 await mesh.coordinators[-1].start()
             for spec in nodes:
                 mesh.nodes[spec.name] = node(mesh, spec)
@@ -199,18 +217,19 @@ async def running_mesh(
                 await mesh.clean(name)
 
 
-def _coordinator(mesh: Mesh, index: int, ttl: float) -> Process:
+def _coordinator(mesh: Mesh, index: int, ttl: float, more_toml: str) -> Process:
     config = mesh.directory / f"coordinator-{index}.toml"
     config.write_text(f"""
 id = "c{index}"
 listen = "{mesh.addresses[index]}"
 etcd = ["{mesh.etcd.endpoint}"]
-blobs = "file://{mesh.directory}/blobs"
+blobs = "{mesh.store.url}"
 heartbeat = "{ttl / 6:.2f}s"
 node_ttl = "{ttl}s"
 lease_ttl = "{ttl}s"
-""")
-    return Process("coordinator", ["--config", str(config)], mesh.directory / f"coordinator-{index}.log")
+{more_toml}""")
+    log = mesh.directory / f"coordinator-{index}.log"
+    return Process("coordinator", ["--config", str(config)], log, mesh.store.environment)
 
 
 def node(mesh: Mesh, spec: NodeSpec) -> Process:
@@ -231,11 +250,12 @@ mdns = false
 {position}
 [capacity]
 memory = "{spec.memory}"
-cpu = 8.0
-pids = 1000
+cpu = {spec.cpu}
+pids = {spec.pids}
 
 [jailer]
-uid_base = {next(_uid_ranges)}
+uid_base = {next_uid_base()}
 stop_grace = "15s"
+{spec.more}
 """)
     return Process("edge_agent", ["--config", str(config)], mesh.directory / f"{spec.name}.log")

@@ -6,9 +6,10 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -17,12 +18,16 @@ from tests.support.etcd import DYING_WITH_PARENT
 ROOT = Path(__file__).parents[2]
 
 
-class Process:
-    """`python -m ...` with its output in a log file. After it has ended, `start` runs it again."""
+class Child:
+    """A command with its output in a log file. After it has ended, `start` runs it again. `environment` is
+    added to this process's own."""
 
-    def __init__(self, module: str, arguments: Sequence[str], log: Path) -> None:
-        self._argv = [sys.executable, "-m", module, *arguments]
+    def __init__(
+        self, argv: Sequence[str], log: Path, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self._argv = argv
         self._log = log
+        self._environment = environment
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
@@ -31,9 +36,11 @@ class Process:
                 *DYING_WITH_PARENT,
                 *self._argv,
                 cwd=ROOT,
+                env={**os.environ, **self._environment},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                process_group=0,  # Ctrl-C is for the test, which ends it
             )
 
     @property
@@ -88,3 +95,16 @@ class Process:
         assert self._process is not None
         async with asyncio.timeout(timeout):
             await self._process.wait()
+
+
+class Process(Child):
+    """`python -m ...`."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__([sys.executable, "-m", module, *arguments], log, environment)

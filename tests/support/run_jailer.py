@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from edge_agent.jail.config import jailer_config
 from edge_agent.jail.protocol import Refused
 from shared import config, log
 
+LEVEL = "ROOST_TEST_LOG_LEVEL"
+
 
 def main() -> None:
     file = Path(sys.argv[1])
-    log.setup("test jailer")
+    log.setup("test jailer", os.environ.get(LEVEL, "INFO"))
     edge = config.load_file(EdgeConfig, file)
     try:
         app.run(jailer_config(edge, file), tuple(sys.argv[2:]))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum, auto
 
+from coordinator.cache import Cache
 from coordinator.records import (
+    AgentRecord,
     InstanceRecord,
     NodeInfo,
     NodeRecord,
@@ -14,6 +16,8 @@ from coordinator.records import (
     Position,
     Role,
     Stored,
+    agent_key,
+    node_key,
 )
 from coordinator.store.base import Delete, Expect, Put, TxnResult
 from coordinator.store.memory import MemoryStore
@@ -95,6 +99,19 @@ class FlakyStore(MemoryStore):
 
 def unavailable() -> RoostError:
     return RoostError(Reason.STORE_UNAVAILABLE, "no answer", "wait")
+
+
+async def mesh_in(store: MemoryStore, nodes: str) -> Cache:
+    """Writes into `store` the agent of KEY and a node that is up for each letter of `nodes`."""
+    for name in nodes:
+        record = NodeRecord(info(name), "me", NodeState.UP, False)
+        await store.txn([], [Put(node_key(name), record.encode())])
+    agent = AgentRecord("acme", "chef", "v1", '[agent]\nname = "chef"\n[run]\nentry = "a:b"\n', "ab" * 32)
+    await store.txn([], [Put(agent_key("acme", "chef"), agent.encode())])
+    cache = Cache(store)
+    for table in (cache.nodes, cache.agents):
+        await table.refresh()
+    return cache
 
 
 class NoCache:

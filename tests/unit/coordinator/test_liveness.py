@@ -41,6 +41,14 @@ def test_a_node_never_heard_here_has_a_ttl_from_when_this_process_began() -> Non
     assert lost_nodes(seen, 206.1) == ["a"]
 
 
+def test_a_node_that_said_goodbye_is_lost_at_once_and_only_to_the_coordinator_that_heard_it() -> None:
+    link = {"a": LinkView("s1", 5, heard=100.0)}
+    [action] = decide(observed(nodes={"a": node("a")}, links=link, left=frozenset("a")), 100.1)
+    assert isinstance(action, MarkLost)
+    assert "goodbye" in action.why
+    assert decide(observed(nodes={"a": node("a", "other")}, left=frozenset("a")), 100.1) == []
+
+
 def test_after_a_sleep_of_this_process_silence_starts_anew() -> None:
     seen = observed(nodes={"a": node("a")}, links={"a": LinkView("s1", 5, heard=100.0)}, grace_from=500.0)
     assert lost_nodes(seen, 505.0) == []

@@ -9,19 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from coordinator.ownership import (
+from coordinator.ownership import Overtaken, Ownership, Placed
+from coordinator.records import InstanceRecord, Phase, instance_key
+from coordinator.store.base import Put
+from coordinator.transitions import (
     InvariantBroken,
-    Overtaken,
-    Ownership,
-    Placed,
     _checked,
     commit,
     hibernate,
     place,
+    replace_state,
     wake,
 )
-from coordinator.records import InstanceRecord, Phase, instance_key
-from coordinator.store.base import Put
 from shared.errors import Reason, RoostError
 from tests.unit.coordinator.support import KEY, Fault, FlakyStore, NoCache, OldCache, instance
 
@@ -75,6 +74,33 @@ def test_waking_and_hibernating_are_the_owners() -> None:
         lambda: wake(None, "a", 1, "v"),
     ):
         stale(transition)
+
+
+def test_a_replaced_state_is_the_next_version_in_a_new_epoch_of_the_same_owner() -> None:
+    old = instance(epoch=3, version=7, root="r7", last_turn="t7", phase=Phase.LIVE, state_bytes=5)
+    new = replace_state(old, KEY, 8, "r8", 9, "restored")
+    assert (new.epoch, new.node, new.version, new.root, new.parent) == (4, "a", 8, "r8", "r7")
+    assert (new.phase, new.last_turn, new.state_bytes) == (Phase.HIBERNATED, "t7", 9)
+    assert replace_state(new, KEY, 8, "r8", 9, "restored") is new, "sent again"
+    stale(lambda: commit(new, "a", 3, 8, "r8'", "t8"))
+    for version in (7, 9):
+        with pytest.raises(RoostError) as caught:
+            replace_state(old, KEY, version, "r", 0, "restored")
+        assert caught.value.reason is Reason.STATE_CHANGED
+
+
+def test_an_imported_instance_is_nobodys_until_it_is_placed() -> None:
+    new = replace_state(None, KEY, 1, "r1", 9, "imported")
+    assert (new.epoch, new.node, new.version) == (1, "", 1)
+    stale(lambda: commit(new, "a", 1, 2, "r2", "t"))
+    assert place(new, KEY, "a", "nearest", "v1", 5.0).epoch == 2
+
+
+def test_a_version_names_the_one_before() -> None:
+    old = instance(epoch=3, version=7, root="r7")
+    new = commit(old, "a", 3, 8, "r8", "t8", 100)
+    assert (new.parent, new.state_bytes) == ("r7", 100)
+    assert place(new, KEY, "b", "moved", "v", 5.0).parent == "r7"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,28 @@ def node(id: str, role: Role = Role.EDGE, **changes: object) -> Candidate:
 FULL = {"reserved": Resources(950, 0, 0)}
 
 
+def test_who_needs_a_device_goes_where_one_is_left() -> None:
+    need = Resources(100, 100, 10, (("gpu", 1),))
+    room = Resources(1000, 1000, 100)
+    two = Resources(1000, 1000, 100, (("bell", 1), ("gpu", 2)))
+    used = Resources(10, 10, 1, (("gpu", 2),))
+    none, taken, free = (
+        node("none", capacity=room),
+        node("taken", capacity=two, reserved=used),
+        node("free", capacity=two),
+    )
+    found = choose(need, [none, taken, free], Client())
+    assert isinstance(found, Placement)
+    assert found.node == "free"
+    assert choose(need, [none, taken], Client()) == NoRoom(
+        "no node has room: none has no gpu, taken has no gpu left"
+    )
+    assert not fits(need, Resources(), room)
+    assert fits(need, used - need, two)
+    assert used + need - need == used
+    assert (need - need).devices == (), "what is equal looks alike"
+
+
 # --- what it says ----------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from coordinator.records import (
 from coordinator.store.base import Record
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
-from shared.resources import Resources
+from shared.resources import Resources, devices_of
 from tests.unit.coordinator.support import info, instance
 
 names = st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)
@@ -40,7 +40,13 @@ infos = st.builds(
     site=names,
     address=st.just("host:1"),
     position=st.none() | st.builds(Position, st.floats(-90, 90), st.floats(-180, 180)),
-    capacity=st.builds(Resources, counts, st.integers(0, 2**31), st.integers(0, 2**31)),
+    capacity=st.builds(
+        Resources,
+        counts,
+        st.integers(0, 2**31),
+        st.integers(0, 2**31),
+        st.dictionaries(names, st.integers(1, 9), max_size=3).map(devices_of),
+    ),
     started_id=st.text(min_size=1, max_size=10),
 )
 
@@ -58,6 +64,7 @@ infos = st.builds(
         why=st.text(),
         agent_version=st.text(),
         placed_at_unix=st.floats(0, 1e10),
+        size=st.none() | st.builds(Resources, st.integers(1, 2**40), st.integers(1, 9), st.integers(1, 9)),
     )
 )
 def test_instances_come_back_as_they_were(record: InstanceRecord) -> None:
@@ -116,3 +123,10 @@ def test_no_such_place() -> None:
         with pytest.raises(ValueError, match="no position"):
             Position(latitude, longitude)
     assert info("a").position == Position(1.5, -2.5)
+
+
+def test_an_instance_of_before_there_were_sizes_has_none() -> None:
+    old = json.loads(instance().encode())
+    del old["size"]
+    record = Record(instance_key(instance().key), json.dumps(old).encode(), 1)
+    assert InstanceRecord.decode(record).value == instance()

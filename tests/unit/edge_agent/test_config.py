@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.app import _capacity
 from edge_agent.config import EdgeConfig, PositionConfig, Role
 from edge_agent.jail.config import jailer_config
 from shared import config
@@ -43,6 +44,11 @@ def test_all_of_it() -> None:
         uid_base = 1000000
         daemon_user = "nobody"
         stop_grace = "5s"
+        [devices.gpu]
+        paths = ["/dev/dri/renderD128", "/dev/dri/card0"]
+        count = 2
+        [devices.serial]
+        paths = ["/dev/serial/by-id/usb-ACME_1-if00"]
         """
     )
     assert edge.position == PositionConfig(60.0, 10.5)
@@ -81,3 +87,32 @@ def test_the_daemon_is_never_root() -> None:
 def test_what_is_wrong_is_named(text: str, word: str) -> None:
     with pytest.raises(config.ConfigError, match=word):
         _load(SMALLEST + text)
+
+
+def test_devices_are_named_and_counted() -> None:
+    edge = _load(
+        SMALLEST
+        + '[devices.gpu]\npaths = ["/dev/a", "/dev/b"]\ncount = 2\n[devices.bell]\npaths = ["/dev/c"]\n'
+    )
+    jailer = jailer_config(edge, Path("/etc/roost/edge.toml"))
+    assert jailer.devices == {"gpu": ("/dev/a", "/dev/b"), "bell": ("/dev/c",)}
+    assert _capacity(edge).devices == (("bell", 1), ("gpu", 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('gpu = "/dev/a"', "devices.gpu: must be a table"),
+        ("[devices.gpu]", "devices.gpu: paths is missing"),
+        ("[devices.gpu]\npaths = []", "paths is empty"),
+        ('[devices.gpu]\npaths = ["/etc/passwd"]', "not below /dev"),
+        ('[devices.gpu]\npaths = ["/dev/../etc/passwd"]', "not below /dev"),
+        ('[devices.gpu]\npaths = ["/dev/null"]', "of its own"),
+        ('[devices.gpu]\npaths = ["/dev/shm/a"]', "of its own"),
+        ('[devices.gpu]\npaths = ["/dev/a"]\ncount = 0', "count must be"),
+        ('[devices."a b"]\npaths = ["/dev/a"]', "'a b'"),
+    ],
+)
+def test_a_device_that_makes_no_sense_is_refused_by_name(text: str, words: str) -> None:
+    with pytest.raises(config.ConfigError, match=words):
+        _load(SMALLEST + ("" if text.startswith("[") else "[devices]\n") + text)

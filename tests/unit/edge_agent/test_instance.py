@@ -6,34 +6,43 @@ import asyncio
 import errno
 import json
 import os
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from edge_agent.commits import Commits
+from edge_agent.control import Agent
 from edge_agent.instance import Instance
+from edge_agent.packages import Packages
 from edge_agent.phases import Asleep, Done, Live, Lost, Parts
+from edge_agent.pool import PAUSE
 from edge_agent.records import Records
 from edge_agent.reservations import Reservations
 from edge_agent.starts import Starts
 from edge_agent.state.blobs import MemoryBlobs
 from edge_agent.state.bundles import BundleStore
 from edge_agent.state.chunks import ChunkStore
+from edge_agent.state.files import Entry
 from edge_agent.state.store import StateStore
+from edge_agent.tasks import Tasks
 from edge_agent.tenure import Tenure
-from edge_agent.turns import Deltas, Turn
+from edge_agent.turns import Turn
+from edge_agent.under_way import UnderWay
 from protos.v1 import common_pb2
 from shared.content import Blob
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
 from shared.resources import Resources
-from tests.support.fake_control import AGENT, FakeControl, Owned
-from tests.support.fake_jails import AgentExit, FakeAgent, FakeJails
+from tests.support.egress import no_egress
+from tests.support.eventually import eventually
+from tests.support.fake_control import AGENT, POLICY, FakeControl, Owned
+from tests.support.fake_jails import AgentExit, FakeAgent, FakeJails, FakeTask
 
 KEY = InstanceKey("default", "probe", "ana")
 CAPACITY = Resources(1 << 30, 8000, 1000)
+POLICY_NEED = AGENT.policy.need
 
 
 async def program(agent: FakeAgent) -> None:
@@ -47,6 +56,14 @@ async def program(agent: FakeAgent) -> None:
         match turn["message"].split():
             case ["hang"]:
                 await agent.hang()
+            case ["task", what]:
+                run = {"kind": "run", "id": turn["id"], "task": "1", "argv": [what]}
+                await agent.send(json.dumps(run).encode())
+                result = json.loads(await agent.receive())
+                answer = {"kind": "reply", "id": turn["id"], "text": str(result.get("code", result))}
+            case ["much"]:
+                (agent.state / "much").write_bytes(bytes((2 << 20) - 4096))
+                answer = {"kind": "reply", "id": turn["id"], "text": "ok"}
             case ["exit"]:
                 raise AgentExit(7)
             case ["fail"]:
@@ -58,6 +75,23 @@ async def program(agent: FakeAgent) -> None:
             return
 
 
+async def program_with_much(agent: FakeAgent) -> None:
+    (agent.state / "much").write_bytes(bytes((2 << 20) - 4096))
+    await program(agent)
+
+
+async def program_with_noise(agent: FakeAgent) -> None:
+    (agent.state / "noise").write_bytes(os.urandom(256 << 10))
+    await program(agent)
+
+
+async def task_program(task: FakeTask) -> int:
+    (task.state / "secret").write_text("of the task")
+    if task.spec.argv == ("hang",):
+        await asyncio.Event().wait()
+    return 5
+
+
 class Chunks(ChunkStore):
     """A disk that can be full."""
 
@@ -67,6 +101,11 @@ class Chunks(ChunkStore):
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         super().put(blob)
+
+    def note(self, blobs: Sequence[Blob]) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().note(blobs)
 
 
 @dataclass
@@ -86,7 +125,7 @@ class Bench:
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     now = [0.0]
     control = FakeControl({KEY: Owned(epoch=1)})
-    jails = FakeJails(tmp_path / "jails", program)
+    jails = FakeJails(tmp_path / "jails", program, task_program)
     blobs = MemoryBlobs()
     chunks = Chunks(tmp_path / "chunks")
     bundles = BundleStore(tmp_path / "bundles", chunks, blobs)
@@ -96,6 +135,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     tenure.welcomed(0.0, 1e9)
     records = Records(tmp_path / "records.db")
     reservations = Reservations("edge-1", CAPACITY)
+    egress = no_egress()
     parts = Parts(
         "edge-1",
         jails,
@@ -106,7 +146,10 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         reservations,
         tenure,
         lambda: now[0],
-        Starts(jails, reservations, lambda: now[0]),
+        Starts(jails, reservations, egress, lambda: now[0]),
+        Tasks(jails, reservations, tenure, lambda: now[0]),
+        egress,
+        Packages(jails, tmp_path / "bundles", tmp_path / "packages"),
     )
     yield Bench(parts, control, jails, blobs, chunks, now)
     await jails.close()
@@ -114,7 +157,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 
 async def say(instance: Instance, message: str, id: str = "") -> Done:
-    return await instance.turn(Turn(id or message, "ana", message), Deltas())
+    return await instance.turn(UnderWay(Turn(id or message, "ana", message)))
 
 
 async def refused(instance: Instance, message: str, id: str = "") -> Reason:
@@ -192,22 +235,71 @@ async def test_no_coordinator_means_not_committed_and_then_exactly_once(bench: B
     bench.control.lost_answers = 0
     again = await say(ana, "two", "t2")
     assert (again.reply, again.receipt.replayed, again.receipt.version) == ("one,two", True, 2)
-    bench.blobs.down = True  # nothing is applied
+    bench.blobs.down = True
+    bench.control.takes_inline = False  # nothing is applied
     assert await refused(ana, "three", "t3") is Reason.TURN_NOT_COMMITTED
     bench.blobs.down = False
     again = await say(ana, "three", "t3")
     assert (again.reply, again.receipt.replayed) == ("one,two,three", False)
 
 
-async def test_a_slow_upload_does_not_eat_the_time_of_the_commit(bench: Bench) -> None:
+async def test_a_small_turn_needs_no_blob_store_and_can_be_resumed_from_its_commit_alone(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.blobs.down = True
     ana = bench.instance()
+    assert (await say(ana, "one")).receipt.version == 1
+    assert (await say(ana, "two")).reply == "one,two"
+    bench.blobs.down = False
+    assert not bench.blobs.kept
+    nothing_here = ChunkStore(tmp_path / "elsewhere")
+    state = replace(bench.parts.state, chunks=nothing_here)
+    bench.control.owned[KEY] = replace(bench.control.owned[KEY], epoch=2)
+    parts = replace(bench.parts, state=state, commits=replace(bench.parts.commits, state=state))
+    elsewhere = Instance(KEY, 2, "probe-elsewhere", parts)
+    assert (await say(elsewhere, "three")).reply == "one,two,three"
+
+
+async def test_what_a_commit_brought_along_and_is_lost_means_refusal(bench: Bench) -> None:
+    """Never an empty agent."""
+    ana = bench.instance()
+    await say(ana, "one")
+    await ana.hibernate_if_idle(0.0, 0.0)
+    bench.control.inline.clear()
+    bench.chunks.settle()
+    for chunk in (bench.chunks._directory).glob("*/*"):
+        chunk.unlink()
+    assert await refused(ana, "two") is Reason.RESTORE_INCOMPLETE
+    assert not bench.jails.running
+
+
+async def test_a_coordinator_that_takes_nothing_along_gets_the_commit_by_the_blob_store(bench: Bench) -> None:
+    bench.control.takes_inline = False
+    ana = bench.instance()
+    assert (await say(ana, "one")).receipt.version == 1
+    assert bench.control.owned[KEY].root in bench.blobs.kept
+    assert not bench.control.inline[KEY]
+
+
+async def test_what_is_not_little_goes_to_the_blob_store(bench: Bench) -> None:
+    bench.jails.program = program_with_noise
+    ana = bench.instance()
+    await say(ana, "one")
+    assert bench.control.owned[KEY].root in bench.blobs.kept
+    assert not bench.control.inline[KEY]
+
+
+async def test_a_slow_upload_does_not_eat_the_time_of_the_commit(bench: Bench) -> None:
+    commits = Commits(bench.parts.state, bench.control, upload_seconds=0.3, commit_seconds=0.3)
+    ana = Instance(KEY, 1, "probe-ana", replace(bench.parts, commits=commits))
     puts = bench.blobs.put
 
     async def slow(blobs: Iterable[Blob]) -> None:
-        await asyncio.sleep(0.09)
+        await asyncio.sleep(0.25)
         await puts(blobs)
 
     bench.blobs.put = slow  # type: ignore[method-assign]
+    bench.control.takes_inline = False
     bench.control.lost_answers = 1  # the commit needs a second try, for which there is time
     assert (await say(ana, "one")).receipt.version == 1
 
@@ -247,6 +339,72 @@ async def test_a_full_disk_fails_the_turn_and_nothing_else(bench: Bench) -> None
     assert (await say(ana, "two", "t2")).reply == "one,two"
 
 
+async def test_a_state_that_is_more_than_it_may_be_is_not_committed(bench: Bench) -> None:
+    ana = bench.instance()
+    bench.control.agent = Agent.of("v1", POLICY + '[resources]\ndisk = "1M"\n', "0" * 64)
+    await say(ana, "one")
+    (bench.jails.directory / "probe-ana" / "big").write_bytes(bytes(2 << 20))
+    assert await refused(ana, "two") is Reason.STATE_TOO_LARGE
+    assert (await say(ana, "three")).reply == "one,three"
+
+
+async def test_a_version_that_may_have_less_than_there_is_is_not_started(bench: Bench) -> None:
+    ana = bench.instance()
+    (bench.jails.directory / "probe-ana").mkdir(parents=True)
+    bench.jails.program = program_with_much
+    await say(ana, "one")
+    await ana._sleep()
+    bench.control.agent = Agent.of("v1", POLICY + '[resources]\ndisk = "1M"\n', "0" * 64)
+    with pytest.raises(RoostError, match=r"takes 2M.*may have 1M") as caught:
+        await say(ana, "two")
+    assert (caught.value.reason, "resources.disk" in caught.value.hint) == (Reason.STATE_TOO_LARGE, True)
+    assert not bench.jails.running
+
+
+BIG = Resources(512 << 20, 2000, 100)
+
+
+async def test_it_is_resized_in_the_middle_of_a_turn_and_goes_on(bench: Bench) -> None:
+    ana = bench.instance()
+    assert not await ana.resize(BIG), "nothing runs"
+    await say(ana, "one")
+    turn = asyncio.create_task(refused(ana, "hang"))
+    await eventually(lambda: ana.busy, 5.0, "it is at it")
+    assert await ana.resize(BIG)
+    assert bench.jails.running["probe-ana"].limits == BIG
+    assert bench.parts.reservations.total(0.0) == BIG
+    turn.cancel()
+
+
+async def test_a_size_for_which_there_is_no_room_changes_nothing(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    before = bench.parts.reservations.total(0.0)
+    for size, reason in (
+        (Resources(2 << 30, 1, 9), Reason.NODE_FULL),
+        (Resources(1, 1, 9), Reason.JAIL_FAILED),
+    ):
+        with pytest.raises(RoostError) as caught:
+            await ana.resize(size)
+        assert caught.value.reason is reason
+        assert bench.parts.reservations.total(0.0) == before
+        assert bench.jails.running["probe-ana"].limits == before
+
+
+async def test_it_wakes_in_its_own_size_and_a_restarted_node_knows_it(bench: Bench) -> None:
+    bench.control.size = BIG
+    ana = bench.instance()
+    await say(ana, "one")
+    jail = bench.jails.running["probe-ana"]
+    assert (jail.limits, bench.parts.reservations.total(0.0)) == (BIG, BIG)
+    record = bench.parts.records.get("probe-ana")
+    assert record is not None
+    bench.parts.reservations.release(KEY, 1)
+    again = bench.instance()
+    await again.adopt(jail, record)
+    assert bench.parts.reservations.total(0.0) == BIG
+
+
 async def test_too_many_waiting_turns_are_refused(bench: Bench) -> None:
     ana = bench.instance()
     results = await asyncio.gather(*(say(ana, f"m{i}") for i in range(20)), return_exceptions=True)
@@ -277,6 +435,44 @@ async def test_eviction_in_the_middle_of_a_turn(bench: Bench) -> None:
     assert ana.state == Lost("edge-2 owns it now")
     assert not bench.jails.running
     assert bench.parts.records.held() == []
+
+
+async def test_a_task_in_a_turn_is_no_part_of_its_state(bench: Bench) -> None:
+    ana = bench.instance()
+    assert (await say(ana, "task short")).reply == "5"
+    assert isinstance(ana.state, Live)
+    assert [node.path for node in ana.state.manifest.nodes] == ["lines"]
+    assert not bench.jails.tasks
+    assert bench.parts.reservations.total(0.0) == ana.state.agent.policy.need
+
+
+@pytest.mark.parametrize("end", ["evict", "crash", "suspend", "timeout"])
+async def test_a_task_ends_with_its_instances_turn(bench: Bench, end: str) -> None:
+    ana = bench.instance()
+    outcome = asyncio.create_task(ana.turn(UnderWay(Turn("t1", "ana", "task hang"))))
+    await eventually(lambda: len(bench.jails.tasks) == 1, timeout=5.0)
+    match end:
+        case "evict":
+            await ana.evict("edge-2 owns it now")
+            reason: Reason | None = Reason.EPOCH_STALE
+        case "crash":
+            bench.jails.running["probe-ana"].crash(1)
+            reason = Reason.AGENT_CRASHED
+        case "suspend":
+            await ana.suspend("tenure")
+            await eventually(lambda: not bench.jails.tasks, timeout=5.0)
+            await ana.freezer.drop("tenure")
+            reason = None
+        case "timeout":
+            reason = Reason.TURN_TIMEOUT
+    if reason is None:
+        assert "NODE_SUSPENDED" in (await outcome).reply, "the agent is told, and goes on"
+    else:
+        with pytest.raises(RoostError) as caught:
+            await outcome
+        assert caught.value.reason is reason
+    assert not bench.jails.tasks
+    assert bench.parts.reservations.total(0.0) == (Resources() if reason else POLICY_NEED)
 
 
 async def test_what_another_node_committed_is_fetched(bench: Bench, tmp_path: Path) -> None:
@@ -365,9 +561,12 @@ async def test_a_restarted_daemon_adopts_what_was_between_turns(bench: Bench) ->
     record = bench.parts.records.get("probe-ana")
     assert record is not None
     assert not record.busy
+    await jail.freeze()  # as a daemon does that is in doubt whether it still owns it
     successor = bench.instance()
     await successor.adopt(jail, record)
     assert isinstance(successor.state, Live)
+    await successor.freezer.drop("tenure")
+    assert not bench.jails.running["probe-ana"].frozen
     assert (await say(successor, "two")).reply == "one,two"
     turn = asyncio.create_task(refused(successor, "hang"))
     for _ in range(20):
@@ -378,7 +577,7 @@ async def test_a_restarted_daemon_adopts_what_was_between_turns(bench: Bench) ->
     await turn
 
 
-async def test_a_new_instance_takes_a_parked_jail_and_keeps_it(bench: Bench) -> None:
+async def test_a_new_instance_takes_a_parked_jail_and_keeps_it_if_there_is_much_in_it(bench: Bench) -> None:
     parked = await waiting_jail(bench)
     ana = bench.instance()
     first = await say(ana, "one")
@@ -387,13 +586,51 @@ async def test_a_new_instance_takes_a_parked_jail_and_keeps_it(bench: Bench) -> 
     record = bench.parts.records.of_key(KEY)
     assert record is not None
     assert record.jail_id == parked
+    await say(ana, "much")
     bench.now[0] += 100.0
     assert await ana.hibernate_if_idle(bench.now[0])
     await waiting_jail(bench)
     again = await say(ana, "two")
-    assert (again.reply, again.receipt.resumed_from) == ("one,two", common_pb2.DISK)
+    assert (again.reply, again.receipt.resumed_from) == ("one,much,two", common_pb2.DISK)
     assert ana.jail_id == parked, "its directory is there"
     assert bench.jails.made[-1].zygote, "by the zygote"
+
+
+async def test_what_sleeps_lightly_wakes_in_a_parked_jail(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    slept_in = ana.jail_id
+    assert await ana.hibernate_if_idle(bench.now[0], 0.0)
+    await waiting_jail(bench)
+    again = await say(ana, "two")
+    assert (again.reply, again.receipt.resumed_from) == ("one,two", common_pb2.DISK)
+    assert "-parked-" in ana.jail_id
+    record = bench.parts.records.of_key(KEY)
+    assert record is not None
+    assert record.jail_id == ana.jail_id
+    await bench.parts.starts.reconcile()
+    assert slept_in not in await bench.jails.directories()
+
+
+async def test_a_parked_jail_that_fails_leaves_who_would_wake_in_it_where_it_was(bench: Bench) -> None:
+    ana = bench.instance()
+    await say(ana, "one")
+    assert await ana.hibernate_if_idle(bench.now[0], 0.0)
+    await waiting_jail(bench)
+
+    class Broken:
+        def close(self) -> None: ...
+
+        async def scan(self) -> list[Entry]:
+            raise RoostError(Reason.JAIL_FAILED, "told to")
+
+    for jail in bench.jails.running.values():
+        jail._files = Broken()  # type: ignore[assignment]
+    again = await say(ana, "two")
+    assert (again.reply, again.receipt.resumed_from) == ("one,two", common_pb2.DISK)
+    record = bench.parts.records.of_key(KEY)
+    assert record is not None
+    assert record.jail_id == ana.jail_id == "probe-ana"
 
 
 async def test_a_state_from_elsewhere_is_restored_into_a_parked_jail(bench: Bench) -> None:
@@ -434,7 +671,8 @@ async def test_a_zygote_that_is_gone_costs_nothing_but_time(bench: Bench) -> Non
 async def waiting_jail(bench: Bench) -> str:
     """Has one jail wait; its id."""
     before = set(bench.jails.running)
-    list(bench.parts.starts.ways(AGENT, False))
+    list(bench.parts.starts.ways(AGENT, "", False))
+    bench.now[0] += 2 * PAUSE
     async with asyncio.timeout(5.0):
         while not (new := [j for j in set(bench.jails.running) - before if "-parked-" in j]):
             await bench.parts.starts.reconcile()

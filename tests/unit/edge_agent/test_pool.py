@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edge_agent.pool import MOST, QUIET, WINDOW, Demand, decide
+from edge_agent.pool import MOST, PAUSE, QUIET, WINDOW, Demand, decide
 from shared.resources import Resources
 
 NEED = Resources(100, 100, 10)
@@ -19,11 +19,18 @@ def test_nothing_is_parked_for_what_nobody_started() -> None:
 
 
 def test_it_grows_with_each_start_and_shrinks_to_one_and_to_none() -> None:
-    assert decide({"a": demand(0.0)}, PLENTY, 0.0) == {"a": 1}
-    assert decide({"a": demand(0.0, 1.0, 2.0, waiting=1)}, PLENTY, 2.0) == {"a": 2}
+    assert decide({"a": demand(0.0)}, PLENTY, PAUSE) == {"a": 1}
+    assert decide({"a": demand(0.0, 1.0, 2.0, waiting=1)}, PLENTY, 2.0 + PAUSE) == {"a": 2}
     assert decide({"a": demand(0.0, 1.0, 2.0, waiting=3)}, PLENTY, 2.0 + WINDOW) == {"a": -2}
     assert decide({"a": demand(0.0, waiting=1)}, PLENTY, WINDOW) == {}
     assert decide({"a": demand(0.0, waiting=1)}, PLENTY, QUIET) == {"a": -1}
+
+
+def test_who_has_just_come_is_not_disturbed_while_enough_wait() -> None:
+    assert decide({"a": demand(0.0)}, PLENTY, PAUSE / 2) == {}
+    assert decide({"a": demand(0.0, 1.0, 2.0, waiting=1)}, PLENTY, 2.0 + PAUSE / 2) == {}
+    assert decide({"a": demand(0.0, 1.0, 2.0, 2.1, waiting=1)}, PLENTY, 2.1) == {"a": 3}, "too few"
+    assert decide({"a": demand(0.0, waiting=3)}, PLENTY, 0.0) == {"a": -2}, "only making is put off"
 
 
 def test_a_flood_is_bounded() -> None:
@@ -48,7 +55,7 @@ def test_scarce_room_goes_to_what_was_wanted_last() -> None:
 def test_acting_on_the_answer_settles() -> None:
     demands = {name: demand(0.0, 1.0) for name in "abc"}
     spare = Resources(500, 10**9, 10**9)
-    changes = decide(demands, spare, 1.0)
+    changes = decide(demands, spare, 2.0)
     acted = {n: Demand(NEED, d.starts, d.waiting + changes.get(n, 0)) for n, d in demands.items()}
     assert sum(d.waiting for d in acted.values()) == 5
-    assert decide(acted, spare, 1.0) == {}
+    assert decide(acted, spare, 2.0) == {}

@@ -28,6 +28,16 @@ def test_full_means_no_and_says_what_is_taken() -> None:
     assert caught.value.reason is Reason.NODE_FULL
 
 
+def test_a_task_takes_room_as_an_instance_does() -> None:
+    room = Reservations("edge-1", CAPACITY)
+    room.claim(key(1), 1, SMALL, now=0)
+    room.claim("task-1", 0, SMALL, now=0)
+    with pytest.raises(RoostError, match="no room for task-2"):
+        room.claim("task-2", 0, SMALL, now=0)
+    room.release("task-1", 0)
+    room.claim("task-2", 0, SMALL, now=0)
+
+
 def test_a_reservation_that_nobody_claims_runs_out() -> None:
     room = Reservations("edge-1", CAPACITY)
     room.reserve(key(1), 1, Resources(250, 1, 1), now=0, hold=10)

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from edge_agent.control import Agent
-from edge_agent.pool import QUIET
+from edge_agent.jail.api import JailSpec
+from edge_agent.pool import PAUSE, QUIET
 from edge_agent.reservations import Reservations
 from edge_agent.starts import ZYGOTE_QUIET, Exec, FromZygote, Parked, Starts
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
 from shared.resources import Resources
+from tests.support.egress import no_egress
 from tests.support.fake_jails import FakeAgent, FakeJails
 
 CAPACITY = Resources(1 << 30, 8000, 1000)
@@ -39,9 +41,10 @@ class Bench:
     now: list[float]
 
     def ways(self, agent: Agent, is_new_here: bool = True) -> list[str]:
-        return [type(way).__name__ for way in self.starts.ways(agent, is_new_here)]
+        return [type(way).__name__ for way in self.starts.ways(agent, "", is_new_here)]
 
     async def settle(self, passes: int = 3) -> None:
+        self.now[0] += 2 * PAUSE
         for _ in range(passes):
             await self.starts.reconcile()
             for _ in range(200):  # what was begun comes to its end, by turns of the loop alone
@@ -60,7 +63,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     now = [1000.0]
     jails = FakeJails(tmp_path, ready)
     reservations = Reservations("edge-1", CAPACITY)
-    starts = Starts(jails, reservations, lambda: now[0])
+    starts = Starts(jails, reservations, no_egress(), lambda: now[0])
     yield Bench(starts, jails, reservations, now)
     await starts.close()
     await jails.close()
@@ -92,7 +95,7 @@ async def test_a_parked_jail_is_given_away_once(bench: Bench) -> None:
         bench.ways(agent())
     await bench.settle(6)
     given = []
-    while isinstance(way := next(iter(bench.starts.ways(agent(), True))), Parked):
+    while isinstance(way := next(iter(bench.starts.ways(agent(), "", True))), Parked):
         given.append(way.jail.jail_id)
     assert len(given) == len(set(given)) == 4
 
@@ -101,7 +104,7 @@ async def test_versions_are_not_mixed(bench: Bench) -> None:
     bench.ways(agent(version="v1"))
     await bench.settle()
     assert bench.ways(agent(version="v2")) == ["Exec"]
-    (way, *_) = bench.starts.ways(agent(version="v1"), False)
+    (way, *_) = bench.starts.ways(agent(version="v1"), "", False)
     assert isinstance(way, FromZygote)
     assert way.jail_id == bench.jails.zygotes[0].jail_id
 
@@ -154,6 +157,15 @@ async def test_nothing_is_parked_where_instances_need_the_room(bench: Bench) -> 
     assert not bench.parked()
 
 
+async def test_a_zygote_has_memory_for_what_its_forks_leave_it(bench: Bench) -> None:
+    """Pages that it wrote to since are the forks', and count as its own."""
+    bench.ways(agent())
+    await bench.settle()
+    need = agent().policy.need.memory_bytes
+    (zygote,) = bench.jails.zygotes
+    assert zygote.spec.limits.memory_bytes == need + CAPACITY.memory_bytes // need * (2 << 20)
+
+
 async def test_all_ends_when_nobody_comes(bench: Bench) -> None:
     bench.ways(agent())
     await bench.settle()
@@ -167,7 +179,48 @@ async def test_all_ends_when_nobody_comes(bench: Bench) -> None:
     assert bench.ways(agent()) == ["Exec"]
 
 
+async def test_a_zygote_may_have_as_large_files_as_its_forks(bench: Bench) -> None:
+    toml = agent().policy_toml + '[resources]\ndisk = "3G"\n'
+    bench.ways(Agent.of("v1", toml, "0" * 64))
+    await bench.settle()
+    assert bench.jails.zygotes[0].spec.disk.state_bytes == 3 << 30
+
+
+async def test_a_zygotes_directory_that_could_not_go_goes_later(bench: Bench) -> None:
+    zygote, instance = f"zygote-v1-{'0' * 16}", f"zygote-v1-{'0' * 24}"
+    for jail_id in (zygote, instance):
+        await (await bench.jails.make(JailSpec(jail_id, "v1", ("/x",), limits=agent().policy.need))).kill()
+        bench.starts.left_behind(jail_id)
+    await bench.starts.reconcile()
+    assert await bench.jails.directories() == [instance], "an agent may be called zygote, too"
+
+
 async def test_exec_is_always_the_last_way(bench: Bench) -> None:
     for start in ("auto", "exec", "zygote", "parked"):
-        *_, last = bench.starts.ways(agent(start), True)
+        *_, last = bench.starts.ways(agent(start), "", True)
         assert isinstance(last, Exec)
+
+
+async def test_no_device_is_kept_by_a_jail_that_waits_for_users(bench: Bench) -> None:
+    needy = agent()
+    toml = needy.policy_toml + '[resources]\ndevices = ["gpu"]\n'
+    needy = Agent.of("v1", toml, "0" * 64)
+    roomy = Resources(CAPACITY.memory_bytes, CAPACITY.cpu_millis, CAPACITY.pids, (("gpu", 4),))
+    bench.starts._reservations = Reservations("edge-1", roomy)
+    bench.ways(needy)
+    await bench.settle()
+    assert bench.ways(needy) == ["FromZygote", "Exec"]
+    assert bench.parked() == []
+
+
+async def test_nothing_waits_while_held_back(bench: Bench) -> None:
+    bench.ways(agent())
+    await bench.settle()
+    assert bench.parked()
+    bench.starts.hold_back(True)
+    await bench.settle()
+    assert (bench.parked(), bench.starts.parked) == ([], 0)
+    assert bench.ways(agent()) == ["FromZygote", "Exec"], "those who come are started all the same"
+    bench.starts.hold_back(False)
+    await bench.settle()
+    assert bench.parked()

@@ -8,10 +8,11 @@ import pytest
 
 from edge_agent.phases import Live
 from edge_agent.supervisor import Supervisor, jail_id_of
-from edge_agent.turns import Deltas, Turn
+from edge_agent.turns import Turn
 from protos.v1 import common_pb2
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey, Ticket
+from shared.resources import Resources
 from tests.support.fake_control import Owned
 from tests.unit.edge_agent.test_instance import Bench, bench
 
@@ -28,8 +29,7 @@ def supervisor_of(bench: Bench) -> Supervisor:
 async def say(supervisor: Supervisor, key: InstanceKey, message: str, epoch: int = 1) -> str:
     ticket = Ticket(key, "edge-1", epoch, "v1", 1e12)
     async with supervisor.attached(ticket) as instance:
-        done = await supervisor.begin(instance, Turn(message, key.user, message), Deltas())
-        return done.reply
+        return (await supervisor.begin(instance, Turn(message, key.user, message)).outcome()).reply
 
 
 async def test_a_dead_jail_keeps_no_other_from_being_frozen_and_thawed(bench: Bench) -> None:
@@ -93,6 +93,21 @@ async def test_room_kept_for_the_next_epoch_outlives_the_end_of_this_one(bench: 
     instance = supervisor._instances[ANA]
     assert isinstance(instance.state, Live)
     agent = instance.state.agent
-    supervisor.reserve(ANA, 2, agent, hold=10)
+    supervisor.reserve(ANA, 2, agent.policy.need, hold=10)
     await supervisor.evict(ANA, 1, "moved, and back")
     assert bench.parts.reservations.total(bench.now[0]) == agent.policy.need
+
+
+async def test_a_size_for_what_does_not_run_is_kept_as_a_reservation(bench: Bench) -> None:
+    supervisor = supervisor_of(bench)
+    big = Resources(512 << 20, 2000, 100)
+    await supervisor.resize(ANA, 1, big, hold=10)
+    assert bench.parts.reservations.total(0.0) == big
+    await say(supervisor, BEN, "one")
+    await supervisor.resize(BEN, 1, big, hold=10)
+    assert bench.jails.running[jail_id_of(BEN)].limits == big
+    await supervisor.resize(BEN, 2, Resources(1 << 20, 10, 4), hold=10)
+    assert bench.jails.running[jail_id_of(BEN)].limits == big, "of another epoch"
+    with pytest.raises(RoostError) as caught:
+        await supervisor.resize(BEN, 1, Resources(2 << 30, 10, 4), hold=10)
+    assert caught.value.reason is Reason.NODE_FULL

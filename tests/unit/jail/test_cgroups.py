@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from edge_agent.jail.cgroups.v2 import V2
 from edge_agent.jail.protocol import Limits, Refused
 
 LIMITS = Limits(memory_bytes=64 << 20, cpu_millis=1500, pids=10)
+SLOW_DISK = Limits(memory_bytes=64 << 20, cpu_millis=1500, pids=10, read_bps=5 << 20)
 
 
 def _read(path: Path) -> str:
@@ -22,6 +24,13 @@ def _read(path: Path) -> str:
 def _v2(tmp_path: Path, supervised: bool = False) -> V2:
     (tmp_path / "cgroup.subtree_control").touch()
     return V2(tmp_path, "roost-x", supervised)
+
+
+def _v1(tmp_path: Path, *more: str) -> V1:
+    for name in (*CONTROLLERS, *more):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cgroup.procs").touch()
+    return V1(tmp_path, "roost-x", "8:0")
 
 
 def test_v2_enables_controllers_down_to_the_parent_of_jails(tmp_path: Path) -> None:
@@ -106,19 +115,94 @@ def test_v2_removes_what_is_empty(tmp_path: Path) -> None:
 
 
 def test_v1_limits_in_every_tree(tmp_path: Path) -> None:
-    for name in CONTROLLERS:
-        (tmp_path / name).mkdir()
-    groups = V1(tmp_path, "roost-x")
+    groups = _v1(tmp_path)
     groups.sweep()
     groups.create("a", LIMITS)
     assert _read(tmp_path / "memory/roost-x/a/memory.limit_in_bytes") == str(64 << 20)
     assert _read(tmp_path / "memory/roost-x/a/memory.memsw.limit_in_bytes") == str(64 << 20)
+    assert _read(tmp_path / "memory/roost-x/a/memory.soft_limit_in_bytes") == str(60 << 20)
     assert _read(tmp_path / "cpu/roost-x/a/cpu.cfs_quota_us") == "150000"
     assert _read(tmp_path / "cpu/roost-x/a/cpu.shares") == "1536"
     assert _read(tmp_path / "pids/roost-x/a/pids.max") == "11"
     assert (tmp_path / "freezer/roost-x/a/agent").is_dir()
     groups.freeze("a")
     assert _read(tmp_path / "freezer/roost-x/a/agent/freezer.state") == "FROZEN"
+
+
+def test_v1_limits_the_disk_of_those_alone_that_ask_for_it(tmp_path: Path) -> None:
+    groups = _v1(tmp_path, "blkio")
+    groups.sweep()
+    assert groups.limits_io
+    groups.create("a", SLOW_DISK)
+    assert _read(tmp_path / "blkio/roost-x/a/blkio.throttle.read_bps_device") == f"8:0 {5 << 20}"
+    assert _read(tmp_path / "blkio/roost-x/a/blkio.throttle.write_bps_device") == "8:0 0", "0 lifts it"
+    groups.create("b", LIMITS)
+    assert not (tmp_path / "blkio/roost-x/b").exists(), "which takes time at its start"
+    for jail_id in "ab":
+        groups.join(jail_id)
+    assert _read(tmp_path / "blkio/roost-x/a/tasks") == "0"
+
+
+def test_v1_without_the_controller_limits_no_disk(tmp_path: Path) -> None:
+    groups = _v1(tmp_path)
+    assert not groups.limits_io
+    groups.sweep()
+    groups.create("a", SLOW_DISK)
+    groups.join("a")
+
+
+def test_v2_limits_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.subtree_control").touch()
+    groups = V2(tmp_path, "roost-x", False, "254:16")
+    groups.sweep()
+    assert _read(tmp_path / "roost-x/cgroup.subtree_control") == "+io"
+    groups.create("a", SLOW_DISK)
+    assert _read(tmp_path / "roost-x/a/io.max") == f"254:16 rbps={5 << 20} wbps=max"
+    assert groups.limits_io
+
+
+def test_a_partition_is_limited_as_the_disk_that_it_is_on(tmp_path: Path) -> None:
+    device = (tmp_path / "x").parent.stat().st_dev
+    numbers = f"{os.major(device)}:{os.minor(device)}"
+    assert cgroups.disk_of(tmp_path, tmp_path) is None, "no block device"
+    partition = tmp_path / "devices/sda/sda1"
+    partition.mkdir(parents=True)
+    (tmp_path / "devices/sda/dev").write_text("8:0\n")
+    (partition / "dev").write_text("8:1\n")
+    (tmp_path / "dev/block").mkdir(parents=True)
+    (tmp_path / "dev/block" / numbers).symlink_to(partition)
+    assert cgroups.disk_of(tmp_path, tmp_path) == "8:1"
+    (partition / "partition").write_text("1\n")
+    assert cgroups.disk_of(tmp_path, tmp_path) == "8:0"
+
+
+def test_v1_never_sets_the_smaller_limit_above_the_larger(tmp_path: Path) -> None:
+    groups = _v1(tmp_path)
+    groups.sweep()
+    groups.create("a", LIMITS)
+    memory = tmp_path / "memory/roost-x/a"
+    for size in (128 << 20, 32 << 20):
+        limits = dataclasses.replace(LIMITS, memory_bytes=size)
+        if size < 64 << 20:
+            assert groups.shrink("a", limits)
+        groups.limit("a", limits)
+        assert _read(memory / "memory.limit_in_bytes") == str(size)
+        assert _read(memory / "memory.memsw.limit_in_bytes") == str(size)
+
+
+def test_v2_presses_memory_down_before_it_sets_a_limit_that_would_kill(tmp_path: Path) -> None:
+    groups = _v2(tmp_path)
+    groups.sweep()
+    groups.create("a", LIMITS)
+    jail = tmp_path / "roost-x/a"
+    smaller = dataclasses.replace(LIMITS, memory_bytes=32 << 20)
+    (jail / "memory.current").write_text(str(40 << 20))
+    assert not groups.shrink("a", smaller)
+    assert (_read(jail / "memory.high"), _read(jail / "memory.max")) == (str(30 << 20), str(64 << 20))
+    (jail / "memory.current").write_text(str(30 << 20))
+    assert groups.shrink("a", smaller)
+    groups.limit("a", smaller)
+    assert _read(jail / "memory.max") == str(32 << 20)
 
 
 def test_v2_is_chosen_where_it_has_the_memory_controller(tmp_path: Path) -> None:

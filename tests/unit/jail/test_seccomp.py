@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.jail import agent_process, seccomp, syscalls
-from edge_agent.jail.protocol import Refused
+from edge_agent.jail.protocol import Limits, Make, Refused
 
 ALLOW, KILL, FAIL = "allow", "kill", "fail"
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -239,6 +239,9 @@ def test_a_machine_without_a_filter_is_refused_with_a_reason() -> None:
         seccomp.build("riscv64")
 
 
-def test_the_last_steps_can_be_printed_and_the_filter_is_the_very_last() -> None:
-    texts = [step.describe() for step in agent_process.LAST_STEPS]
-    assert texts[-3:] == ["drop all capabilities", "set no_new_privs", "filter system calls"]
+def test_the_last_steps_can_be_printed_and_after_the_filter_there_is_only_the_program() -> None:
+    request = Make("a", "v1", ("/bin/true",), (), Limits(16 << 20, 500, 8, disk_bytes=3 << 20))
+    texts = [step.describe() for step in agent_process.last_steps(request)]
+    assert "limit files to 3M" in texts[2]
+    assert texts[-4:-1] == ["drop all capabilities", "set no_new_privs", "filter system calls"]
+    assert texts[-1].startswith("execute /bin/true with HOME ")

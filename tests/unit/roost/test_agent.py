@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import shutil
 import socket
-import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,72 +17,10 @@ import pytest
 
 import roost.agent as sdk
 from roost import Agent
+from tests.support.sdk import Node, Serve
 
 REPO = Path(sdk.__file__).parent.parent
-
-
-class Node:
-    """The node's end of an agent's socket."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._sock.settimeout(10)
-
-    def send(self, **message: Any) -> None:
-        payload = json.dumps(message).encode()
-        self._sock.sendall(struct.pack(">I", len(payload)) + payload)
-
-    def receive(self) -> dict[str, Any]:
-        (length,) = struct.unpack(">I", self._read(4))
-        message = json.loads(self._read(length))
-        assert isinstance(message, dict)
-        return message
-
-    def turn(self, message: str, turn_id: str = "t", user: str = "ana") -> list[dict[str, Any]]:
-        """All that the agent says in a turn; the last is its reply or error."""
-        self.send(kind="turn", id=turn_id, user=user, message=message)
-        said = [self.receive()]
-        while said[-1]["kind"] == "delta":
-            said.append(self.receive())
-        return said
-
-    def close(self) -> None:
-        self._sock.close()
-
-    def _read(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            part = self._sock.recv(count - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return data
-
-
-Serve = Callable[[Callable[..., Any]], Node]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Serves a handler in a thread, with its state in tmp_path; returns the node's end once it is ready."""
-    nodes: list[Node] = []
-    threads: list[threading.Thread] = []
-
-    def start(handler: Callable[..., Any]) -> Node:
-        ours, theirs = socket.socketpair()
-        thread = threading.Thread(target=sdk.serve, args=(handler, theirs, tmp_path))
-        thread.start()
-        threads.append(thread)
-        nodes.append(Node(ours))
-        assert nodes[-1].receive() == {"kind": "ready"}
-        return nodes[-1]
-
-    yield start
-    for node in nodes:
-        node.close()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive(), "the agent did not end when the node closed its socket"
+SDK = ("__init__.py", "agent.py", "_effects.py", "_line.py", "_tasks.py", "_timers.py")  # in jails
 
 
 def visits(turn: sdk.Turn) -> str:
@@ -93,6 +30,38 @@ def visits(turn: sdk.Turn) -> str:
 
 def test_a_turn_is_answered_with_its_id(serve: Serve) -> None:
     assert serve(visits).turn("hi", "t1") == [{"kind": "reply", "id": "t1", "text": "ana 1"}]
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_what_warms_it_up_has_run_before_it_is_ready(serve: Serve, kind: str) -> None:
+    made: list[str] = []
+
+    async def warm_up() -> None:
+        made.append("async")
+
+    node = serve(visits, warm_up if kind == "async" else lambda: made.append("plain"))
+    assert made == [kind]
+    assert node.turn("hi")[-1]["text"] == "ana 1"
+
+
+def test_a_handler_finds_the_event_loop_that_was_made_when_it_warmed_up(serve: Serve) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def warm_up() -> None:
+        loops.append(asyncio.get_running_loop())
+
+    async def handler(turn: sdk.Turn) -> str:
+        return str(asyncio.get_running_loop() in loops)
+
+    assert serve(handler, warm_up).turn("hi")[-1]["text"] == "True"
+
+
+def test_warming_up_may_fail(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
+    def warm_up() -> None:
+        raise RuntimeError("no network here")
+
+    assert serve(visits, warm_up).turn("hi")[-1]["text"] == "ana 1"
+    assert "no network here" in capfd.readouterr().err
 
 
 def test_state_is_kept_across_turns_and_processes(serve: Serve, tmp_path: Path) -> None:
@@ -245,9 +214,9 @@ def test_an_agent_has_exactly_one_handler() -> None:
 
 @pytest.fixture
 def jail(tmp_path: Path) -> Path:
-    """A directory with an agent and the only two files of roost that a jail has."""
+    """A directory with an agent and the only files of roost that a jail has."""
     (tmp_path / "roost").mkdir()
-    for name in ("__init__.py", "agent.py"):
+    for name in SDK:
         shutil.copy(REPO / "roost" / name, tmp_path / "roost" / name)
     shutil.copy(REPO / "examples" / "hello" / "hello.py", tmp_path / "hello.py")
     return tmp_path
@@ -260,7 +229,7 @@ def run_alone(jail: Path, *args: str, **options: Any) -> subprocess.CompletedPro
     )
 
 
-def test_two_files_and_the_standard_library_are_enough(jail: Path) -> None:
+def test_four_files_and_the_standard_library_are_enough(jail: Path) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
@@ -306,12 +275,43 @@ def test_an_entry_that_names_no_agent_exits_with_3(jail: Path, text: str, compla
 
 
 def test_without_a_node_it_talks_at_the_terminal_and_keeps_state(jail: Path) -> None:
+    shutil.copy(REPO / "roost" / "_here.py", jail / "roost")
     first = run_alone(jail, "hello.py", input="hi\nhi\n")
     assert first.returncode == 0
     assert [line.split("this is ")[1] for line in first.stdout.splitlines()] == ["visit 1.", "visit 2."]
     assert "visit 3." in run_alone(jail, "hello.py", input="hi\n").stdout
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "agent.py"])
+RUNS = """
+import sys
+from roost import Agent
+agent = Agent()
+
+@agent.turn
+def runs(turn):
+    code = "import sys; open('out.txt', 'w').write(open('d/in').read()); print(1); sys.exit(3)"
+    result = turn.run([sys.executable, "-c", code], files={"d/in": "given"}, outputs=["*"])
+    slow = turn.run(["sh", "-c", "echo begun; sleep 100 & wait"], timeout=0.5)
+    try:
+        turn.run(["no-such-program"])
+    except Exception as error:
+        return f"{tuple(result)} {slow.stdout.strip()} {slow.timed_out} {error}"
+
+agent.run()
+"""
+
+
+def test_without_a_node_a_task_runs_without_walls_and_says_so(jail: Path) -> None:
+    shutil.copy(REPO / "roost" / "_here.py", jail / "roost")
+    (jail / "runs.py").write_text(RUNS)
+    ran = run_alone(jail, "runs.py", input="hi\n")
+    files = {"d/in": b"given", "out.txt": b"given"}
+    assert ran.stdout.startswith(
+        f"{(3, '1' + chr(10), '', files, False, False, False, [])} begun True no-such"
+    )
+    assert ran.stderr.count("without walls or limits") == 3
+
+
+@pytest.mark.parametrize("name", SDK)
 def test_the_files_that_jails_get_are_python_3_9(name: str) -> None:
     ast.parse((REPO / "roost" / name).read_text(), feature_version=(3, 9))

@@ -182,7 +182,7 @@ Tell = Callable[[str], str]
 def tell(tmp_path: Path) -> Tell:
     def one(message: str) -> str:
         asked: dict[str, Any] = {"id": "t", "user": "ana", "message": message}
-        return "".join(chef.chef(Turn(asked, {}, tmp_path, lambda said: None)))
+        return "".join(chef.chef(Turn(asked, {}, tmp_path, lambda said: None, lambda run: {})))
 
     return one
 
@@ -230,7 +230,7 @@ def test_what_it_does_not_understand_it_says(tell: Tell) -> None:
     assert "did not understand “the moon is far”" in tell("the moon is far")
 
 
-@pytest.mark.parametrize("name", ["hello", "chef"])
+@pytest.mark.parametrize("name", ["hello", "chef", "anything"])
 def test_the_examples_can_be_deployed(name: str) -> None:
     _, policy = check(Path(__file__).parents[3] / "examples" / name)
     assert policy.agent.name == name

@@ -9,12 +9,30 @@ from pathlib import Path
 import pytest
 
 from shared.config import Duration, Size
-from shared.policy import AgentSection, ResourcesSection, RunSection, Start, parse_policy
+from shared.network_policy import Allow, Upstream
+from shared.policy import (
+    AgentSection,
+    Durability,
+    ResourcesSection,
+    RunSection,
+    Start,
+    StateSection,
+    TasksSection,
+    parse_policy,
+)
 from shared.units import parse_duration, parse_size
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "agent-toml.md").read_text()
-SECTIONS = {"agent": AgentSection, "run": RunSection, "resources": ResourcesSection}
+SECTIONS = {
+    "agent": AgentSection,
+    "run": RunSection,
+    "resources": ResourcesSection,
+    "tasks": TasksSection,
+    "state": StateSection,
+    "[network.allow]": Allow,
+    "[network.upstream]": Upstream,
+}
 
 
 def rows(section: str) -> dict[str, str]:
@@ -44,6 +62,10 @@ def value(text: str, kind: str) -> object:
         "float": float,
         "int": int,
         Start.__name__: Start,
+        Durability.__name__: Durability,
+        "bool": lambda text: text == "true",
+        "tuple[str, ...]": lambda text: tuple(text.strip("[]").split()),
+        "tuple[int, ...]": lambda text: tuple(int(part) for part in text.strip("[]").split()),
     }
     return readers[kind](bare)
 
@@ -53,7 +75,13 @@ def test_its_example_has_every_key_and_is_valid() -> None:
     parse_policy(example)
     for section in SECTIONS.values():
         for field in dataclasses.fields(section):
-            assert re.search(rf"^{field.name} = ", example, re.MULTILINE), field.name
+            assert re.search(rf"^(# )?{field.name} = ", example, re.MULTILINE), field.name
+
+
+def test_its_commented_keys_are_valid_in_place_of_the_entry() -> None:
+    example = PAGE.split("```toml\n")[1].split("```")[0]
+    run = parse_policy(re.sub(r"^(entry = .*\n|# )", "", example, flags=re.MULTILINE)).run
+    assert (run.command, run.port) == (("node", "server.js"), 8080)
 
 
 def test_the_first_agent_on_the_page_is_the_example() -> None:

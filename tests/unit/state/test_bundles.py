@@ -100,7 +100,7 @@ def test_a_link_in_a_circle_is_harmless(agent: Path) -> None:
 def test_too_many_files_are_refused(agent: Path) -> None:
     for i in range(MAX_FILES):
         (agent / str(i)).touch()
-    with pytest.raises(RoostError, match="more than 10,000 files") as caught:
+    with pytest.raises(RoostError, match="more than 30,000 files") as caught:
         pack(agent)
     assert caught.value.reason is Reason.AGENT_INVALID
 
@@ -108,7 +108,7 @@ def test_too_many_files_are_refused(agent: Path) -> None:
 def test_too_large_a_directory_is_refused_without_being_read_whole(agent: Path) -> None:
     (agent / "model.bin").touch()
     os.truncate(agent / "model.bin", 1 << 40)
-    with pytest.raises(RoostError, match=r"larger than 64M; model\.bin") as caught:
+    with pytest.raises(RoostError, match=r"larger than 512M; model\.bin") as caught:
         pack(agent)
     assert caught.value.reason is Reason.AGENT_INVALID
 

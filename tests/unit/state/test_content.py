@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.state.chunks import ChunkStore
+from edge_agent.state.chunks import IN_USE, ChunkStore
 from shared.content import MAX_BLOB, Blob, chunks_of, chunks_of_bytes, hash_of, is_hash
 from shared.errors import Reason, RoostError
 
@@ -111,6 +111,41 @@ def test_no_hash(text: object) -> None:
     assert not is_hash(text)
 
 
+def test_what_the_chunk_store_noted_is_there_at_once_and_after_a_crash(tmp_path: Path) -> None:
+    store = ChunkStore(tmp_path / "chunks")
+    one, two, three = (Blob.of(text) for text in (b"one", b"two", b"three"))
+    store.note([one, two])
+    store.note([three])
+    assert store.missing([one.hash, two.hash, three.hash]) == set()
+    assert store.get(two.hash) == two
+    log = tmp_path / "chunks" / ".recent"
+    log.write_bytes(log.read_bytes()[:-3])  # the power went in the midst of it
+    successor = ChunkStore(tmp_path / "chunks")
+    assert successor.missing([one.hash, two.hash, three.hash]) == {three.hash}
+    assert (successor.get(one.hash), successor.get(two.hash)) == (one, two)
+    assert not log.exists()
+
+
+def test_what_was_noted_settles_in_files(tmp_path: Path) -> None:
+    store = ChunkStore(tmp_path / "chunks")
+    blobs = [Blob.of(b"%d" % number) for number in range(50)]
+    for blob in blobs:
+        store.note([blob])
+    store.settle()
+    assert (tmp_path / "chunks" / ".recent").stat().st_size == 0
+    assert all(store.get(blob.hash) == blob for blob in blobs)
+    store.note(blobs[:1])
+    assert ChunkStore(tmp_path / "chunks").get(blobs[0].hash) == blobs[0]
+
+
+def test_a_log_full_of_garbage_is_no_reason_not_to_start(tmp_path: Path) -> None:
+    (tmp_path / "chunks").mkdir()
+    (tmp_path / "chunks" / ".recent").write_bytes(b"\xff\xfe \n\n zz zz\n" + b"a" * 64 + b" 00\n")
+    store = ChunkStore(tmp_path / "chunks")
+    store.note([Blob.of(b"one")])
+    assert store.get(Blob.of(b"one").hash) is not None
+
+
 def test_the_nodes_chunk_store_keeps_verifies_and_forgets(tmp_path: Path) -> None:
     store = ChunkStore(tmp_path / "chunks")
     one, two = Blob.of(b"one"), Blob.of(b"two")
@@ -126,3 +161,59 @@ def test_the_nodes_chunk_store_keeps_verifies_and_forgets(tmp_path: Path) -> Non
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     with pytest.raises(ValueError):
         store.get("../../etc/passwd")
+
+
+def test_beyond_its_size_the_least_recently_used_go_but_none_that_is_in_use(tmp_path: Path) -> None:
+    now = 1000.0
+    blobs = [Blob.of(os.urandom(1000)) for _ in range(9)]
+    store = ChunkStore(tmp_path / "chunks", 5500, clock_unix=lambda: now)
+
+    def kept() -> list[Blob]:
+        store.tidy()
+        there = {path.name for path in (tmp_path / "chunks").rglob("*") if path.is_file()}
+        return [blob for blob in blobs if blob.hash in there]
+
+    for blob in blobs[:6]:
+        now += 1
+        store.put(blob)
+        os.utime(tmp_path / "chunks" / blob.hash[:2] / blob.hash, (now, now))
+    assert kept() == blobs[:6], "they are in use, all of them"
+    now += IN_USE - 10
+    assert store.get(blobs[0].hash) == blobs[0]
+    assert not store.missing([blobs[1].hash])
+    assert kept() == blobs[:6]
+    now += 20
+    store.put(blobs[6])
+    assert kept() == [blobs[0], blobs[1], blobs[5], blobs[6]]
+    assert kept() == [blobs[0], blobs[1], blobs[5], blobs[6]], "as little as that may stay"
+
+
+def test_it_counts_what_an_earlier_process_left(tmp_path: Path) -> None:
+    blobs = [Blob.of(os.urandom(1000)) for _ in range(6)]
+    first = ChunkStore(tmp_path / "chunks", 1 << 20)
+    for i, blob in enumerate(blobs):
+        first.put(blob)
+        path = tmp_path / "chunks" / blob.hash[:2] / blob.hash
+        os.utime(path, (i, i))
+    unfinished = path.parent / f".{blobs[0].hash}-aaaa"
+    unfinished.write_bytes(b"unfinished")
+    os.utime(unfinished, (0, 0))
+    second = ChunkStore(tmp_path / "chunks", 3500)
+    second.tidy()
+    assert second.missing([blob.hash for blob in blobs]) == {blob.hash for blob in blobs[:3]}
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 3
+
+
+def test_a_clock_that_is_set_back_keeps_nothing_for_ever(tmp_path: Path) -> None:
+    now = 1e6
+    blobs = [Blob.of(os.urandom(1000)) for _ in range(6)]
+    store = ChunkStore(tmp_path / "chunks", 3500, in_use=10.0, clock_unix=lambda: now)
+    for blob in blobs:
+        store.put(blob)
+        os.utime(tmp_path / "chunks" / blob.hash[:2] / blob.hash, (now, now))
+    now -= 86400
+    store.tidy()
+    assert not store.missing(blob.hash for blob in blobs[:1]), "as if used just now"
+    now += 20
+    store.tidy()
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) <= 3

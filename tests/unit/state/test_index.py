@@ -12,9 +12,10 @@ import pytest
 
 from edge_agent.state.chunks import ChunkStore
 from edge_agent.state.files import Entry, Kind
-from edge_agent.state.index import SETTLED_NS, Index, Known, boot_id, write_back
+from edge_agent.state.index import SETTLED_NS, Index, Known, boot_id
 from edge_agent.state.local_files import LocalFiles
 from edge_agent.state.snapshot import capture
+from edge_agent.state.tree import write_back
 from shared.content import hash_of
 
 ENTRY = Entry("a\udcff", Kind.FILE, 0o600, size=5, mtime_ns=10, ctime_ns=11, inode=12)

@@ -87,11 +87,20 @@ TURNS = st.lists(
 ).map(tuple)
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), nodes(), TURNS)
+ORIGINS = st.tuples(
+    st.just("") | st.binary(max_size=2).map(hash_of), st.integers(0, 2**63 - 1), st.text(), st.text()
+)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), nodes(), TURNS, ORIGINS)
 async def test_a_manifest_reads_back_as_it_was(
-    epoch: int, version: int, nodes: tuple[Node, ...], turns: tuple[TurnRecord, ...]
+    epoch: int,
+    version: int,
+    nodes: tuple[Node, ...],
+    turns: tuple[TurnRecord, ...],
+    origin: tuple[str, int, str, str],
 ) -> None:
-    state = StateManifest("t/a/u", epoch, version, nodes, turns)
+    state = StateManifest("t/a/u", epoch, version, nodes, turns, *origin)
     assert await read_back(encode(state)) == state
     tree = encode_tree(nodes)
     assert await decode_tree(tree.root, _from(tree.blobs)) == nodes
@@ -138,7 +147,11 @@ async def _refused(root: str, blobs: dict[str, bytes]) -> None:
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    return {"format": 1, "key": "t/a/u", "epoch": 1, "version": 1, "nodes": [], "turns": []} | changes
+    origin = {"parent": "", "made_ms": 0, "node": "", "note": ""}
+    return OLD | {"format": 2} | origin | changes
+
+
+OLD = {"format": 1, "key": "t/a/u", "epoch": 1, "version": 1, "nodes": [], "turns": []}
 
 
 def file(path: str = "a", mode: Any = 0, mtime: Any = 0, size: Any = 1, chunks: Any = (H,)) -> list[Any]:
@@ -164,7 +177,16 @@ BAD = [
     [],
     None,
     {},
-    document(format=2),
+    document(format=3),
+    document(format=1),
+    OLD | {"format": 2},
+    document(parent="x"),
+    document(parent=H.upper()),
+    document(parent=None),
+    document(made_ms=-1),
+    document(made_ms=True),
+    document(node=1),
+    document(note="x" * 600),
     document(extra=1),
     document(epoch=-1),
     document(version=1 << 64),
@@ -206,6 +228,12 @@ BAD = [
 async def test_a_forged_manifest_is_refused(bad: Any) -> None:
     plain = canonical({"inline": bad})
     await _refused(hash_of(plain), {hash_of(plain): plain})
+
+
+async def test_one_of_the_first_format_is_still_read() -> None:
+    plain = canonical({"inline": OLD})
+    state = await decode(hash_of(plain), _from({hash_of(plain): plain}))
+    assert state == StateManifest("t/a/u", 1, 1)
 
 
 @pytest.mark.parametrize(

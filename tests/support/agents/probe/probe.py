@@ -85,4 +85,7 @@ COMMANDS = {
 @agent.turn
 def probe(turn):
     command, _, argument = turn.message.partition(" ")
+    if command == "say":
+        turn.say(argument)
+        return argument
     return COMMANDS[command](argument)
