@@ -7,6 +7,7 @@ import os
 import signal
 from contextlib import suppress
 
+import psutil
 import pytest
 
 from edge_agent.jail.api import JailGone
@@ -77,6 +78,48 @@ async def test_a_jail_that_was_left_in_the_midst_of_a_message_is_not_adopted(jai
     jails = await jailer.reconnect()
     assert await jails.adopt() == []
     await eventually(lambda: not jailer.cgroups(), 5.0, "it is gone")
+
+
+async def test_what_a_daemon_asked_for_is_not_answered_to_the_next(jailer: RunningJailer) -> None:
+    """Both count their requests from 1: the next would take it for its own, descriptors and all."""
+    await (await jailer.jails.make(spec("large", python(ECHO)))).kill()
+    for i in range(10_000):
+        (jailer.data_dir / "jails/large/state" / str(i)).touch()
+    os.kill(jailer.daemon_pid, signal.SIGKILL)
+    old = await jailer.reconnect()
+    discard = asyncio.create_task(old.discard("large"))  # its first request
+    removing = await eventually(lambda: jailer.child_named("rm"), 5.0, "rm at work")
+    removing.suspend()
+    os.kill(jailer.daemon_pid, signal.SIGKILL)
+    await jailer.reconnect()
+    await asyncio.gather(discard, return_exceptions=True)
+    slow = asyncio.create_task(jailer.zygote("slow", ECHO, "import time; time.sleep(3)"))
+    await asyncio.sleep(0.1)  # it has asked, for the first time
+    removing.resume()
+    zygote = await slow
+    assert not jailer.child_named("rm"), "the answer to the first daemon's came meanwhile"
+    jail = await jailer.forked("a", zygote)
+    await jail.send(b"mine")
+    assert await jail.receive() == b"mine"
+
+
+async def test_a_jail_that_nobody_waits_for_any_more_is_not_made(jailer: RunningJailer) -> None:
+    """The next daemon would not adopt it, since it was not there yet, and nobody would end it."""
+    making = asyncio.create_task(jailer.jails.make(spec("a", python(ECHO))))
+    while not (inits := jailer.inits()):  # noqa: ASYNC110
+        await asyncio.sleep(0)  # not for long: it is made in a few ms
+    psutil.Process(inits[0]).suspend()
+    await asyncio.wait({making}, timeout=0.2)
+    assert not making.done()
+    os.kill(jailer.daemon_pid, signal.SIGKILL)
+    jails = await jailer.reconnect()
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(inits[0]).resume()
+    await asyncio.gather(making, return_exceptions=True)
+    await eventually(lambda: not jailer.cgroups(), 5.0, "nothing of it is left")
+    assert await jails.adopt() == []
+    again = await jails.make(spec("a", python(ECHO)))
+    await again.kill()
 
 
 async def test_an_end_while_there_is_no_daemon_is_seen_by_the_next(jailer: RunningJailer) -> None:

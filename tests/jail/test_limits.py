@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import pytest
 
 from edge_agent.jail.api import Exit, Jail, JailGone
+from shared.errors import RoostError
 from shared.resources import Resources
 from tests.support.eventually import eventually
 from tests.support.jailer import RunningJailer, python, spec
@@ -28,6 +31,44 @@ async def test_an_agent_that_takes_too_much_memory_is_killed_and_that_is_told(ja
     exit = await _gone(jail)
     assert (exit.code, exit.out_of_memory) == (-9, True)
     assert exit.stderr_tail in ("about to grow\n", "")  # nothing, if the kernel chose init
+
+
+GROW = """
+import sys
+x = bytearray(400 << 20)
+for at in range(0, len(x), 4096): x[at] = 1
+send(b'it all fits')
+"""
+
+
+@pytest.mark.parametrize("way", ["exec", "zygote"])
+async def test_a_forked_agent_that_takes_too_much_is_told_alike(jailer: RunningJailer, way: str) -> None:
+    jail = await jailer.started(way, "a", "recv()\n" + GROW)  # it waits, as a parked one does
+    await jail.send(b"now")
+    exit = await _gone(jail)
+    assert (exit.code, exit.out_of_memory) == (-9, True)
+
+
+async def test_an_agent_that_fails_after_its_child_was_killed_for_memory(jailer: RunningJailer) -> None:
+    code = f"""
+import os
+code = {GROW!r}
+if os.fork() == 0:
+    exec(code)
+    os._exit(0)
+_, status = os.wait()
+send(str(os.waitstatus_to_exitcode(status)).encode())
+recv()
+raise SystemExit(5)
+"""
+    jail = await jailer.jails.make(spec("a", python(code), LIMITS))
+    await jail.start()
+    async with asyncio.timeout(20.0):
+        assert await jail.receive() == b"-9", "the child, not the agent"
+    assert (await jail.usage()).oom_kills == 1
+    await jail.send(b"go on")
+    exit = await _gone(jail)
+    assert (exit.code, exit.out_of_memory) == (5, True)
 
 
 async def test_files_in_tmp_count_as_memory(jailer: RunningJailer) -> None:
@@ -141,3 +182,62 @@ while True: recv()
     async with asyncio.timeout(10.0):
         assert await jail.receive() == b"done"
     assert (await jail.usage()).pids == 2
+
+
+async def test_a_jail_grows_and_shrinks_as_it_runs(jailer: RunningJailer) -> None:
+    code = """
+kept = []
+while True:
+    word = recv()
+    if word == b"more":
+        kept.append(bytearray(os.urandom(1 << 20) * 100))
+    if word == b"less":
+        kept.clear()
+    send(b"ok")
+"""
+    jail = await jailer.jails.make(spec("a", python(code), LIMITS))
+    await jail.start()
+    await jail.resize(Resources(300 << 20, 2000, 20))
+    await jail.send(b"more")
+    async with asyncio.timeout(20.0):
+        assert await jail.receive() == b"ok", "100 MiB, of which the kernel knows now"
+    with pytest.raises(RoostError, match=r"uses 1\d\d.*M of memory, and can't do with 48M") as refused:
+        await jail.resize(LIMITS)
+    assert refused.value.hint
+    assert jail.limits.memory_bytes == 300 << 20
+    await jail.send(b"less")
+    async with asyncio.timeout(20.0):
+        assert await jail.receive() == b"ok", "nothing was killed for it"
+    await jail.resize(LIMITS)
+    await jail.send(b"more")
+    exit = await _gone(jail)
+    assert (exit.code, exit.out_of_memory) == (-9, True)
+
+
+async def test_what_is_only_cached_gives_way(jailer: RunningJailer) -> None:
+    code = """
+with open("/state/f", "wb") as f:
+    for _ in range(100): f.write(bytes(1 << 20))
+    os.fsync(f.fileno())
+send(b"written")
+while True: send(recv())
+"""
+    jail = await jailer.jails.make(spec("a", python(code), Resources(200 << 20, 2000, 8)))
+    await jail.start()
+    async with asyncio.timeout(20.0):
+        await jail.receive()
+    await jail.resize(LIMITS)
+    assert (await jail.usage()).memory_bytes <= LIMITS.memory_bytes
+    await jail.send(b"alive")
+    assert await jail.receive() == b"alive"
+
+
+async def test_a_restarted_daemon_learns_the_new_limits(jailer: RunningJailer) -> None:
+    jail = await jailer.jails.make(spec("a", python("while True: send(recv())"), LIMITS))
+    await jail.start()
+    bigger = Resources(96 << 20, 700, 9)
+    await jail.resize(bigger)
+    jailer.jails.close()
+    os.kill(jailer.daemon_pid, signal.SIGKILL)
+    (adopted,) = await (await jailer.reconnect()).adopt()
+    assert adopted.limits == bigger

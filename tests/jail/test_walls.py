@@ -126,7 +126,7 @@ async def test_the_walls_of_a_jail(jailer: RunningJailer, way: str) -> None:
     assert ours <= set(seen["root"]) <= ours | system
     assert (seen["cwd"], seen["host"]) == ("/agent", "probe")
     assert set(seen["bundle"]) == ({"hello.txt"} if way == "exec" else FORKED_BUNDLE)
-    assert seen["sdk"] == ["__init__.py", "agent.py"]
+    assert seen["sdk"] == ["__init__.py", "_effects.py", "_line.py", "_tasks.py", "_timers.py", "agent.py"]
     assert set(seen["devices"]) == {
         *("null", "zero", "full", "random", "urandom", "shm"),
         *("fd", "stdin", "stdout", "stderr"),

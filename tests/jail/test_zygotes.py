@@ -14,6 +14,7 @@ import pytest
 
 from edge_agent.jail import protocol
 from edge_agent.jail.api import Jail, JailGone, JailSpec
+from edge_agent.specs import OF_A_FORK
 from shared.errors import RoostError
 from tests.support.eventually import eventually
 from tests.support.jailer import ECHO, LIMITS, RunningJailer, alive
@@ -69,6 +70,66 @@ async def test_each_fork_has_its_own_randomness_and_descriptors(jailer: RunningJ
     assert await ask(a, "random.random()") != await ask(b, "random.random()")
     fds = "sorted(int(n) for n in os.listdir('/proc/self/fd'))"
     assert await ask(a, fds) == "[0, 1, 2, 3, 4]", "the last is the listing's own"
+
+
+HOOKED = """
+import logging, os, random, types
+done = []
+library = types.ModuleType("library")
+code = "import os\\ndef on_fork(first, then): os.register_at_fork(before=first, after_in_child=then)"
+exec(code, library.__dict__)
+library.on_fork(lambda: done.append("before"), lambda: done.append("inside"))
+"""
+
+
+async def test_what_libraries_want_done_around_a_fork_is_done_once(jailer: RunningJailer) -> None:
+    zygote = await jailer.zygote("v2", EVAL, HOOKED)
+    for jail_id in "ab":
+        assert await ask(await jailer.forked(jail_id, zygote), "top['done']") == "['before', 'inside']"
+
+
+async def test_a_forked_agent_may_fork_and_use_threads(jailer: RunningJailer) -> None:
+    """The interpreter's own hooks were left out when it was forked: nothing that they do is missed."""
+    a = await jailer.forked("a", await jailer.zygote("v2", EVAL, "import threading, subprocess, asyncio"))
+    assert (
+        await ask(a, "__import__('subprocess').run(['echo', 'hi'], capture_output=True).stdout") == "b'hi\\n'"
+    )
+    threads = "[t.start() or t.join() for t in [__import__('threading').Thread(target=print)]]"
+    assert await ask(a, threads) == "[None]"
+    assert (
+        await ask(a, "__import__('threading').current_thread() is __import__('threading').main_thread()")
+        == "True"
+    )
+    assert await ask(a, "__import__('asyncio').run(__import__('asyncio').to_thread(int, '7'))") == "7"
+    assert await ask(a, "os.waitpid(os.fork() or os._exit(5), 0)[1] >> 8") == "5"
+
+
+@pytest.mark.timeout(120)
+async def test_a_zygote_outlives_what_its_many_forks_leave_it(jailer: RunningJailer) -> None:
+    """Each leaves pages with it that count as its own: `starts` gives it room for those."""
+    top = "hoard = [str(i) * 9 for i in range(200_000)]"
+    zygote = await jailer.zygote("v2", ECHO, top)
+    before = _charged(jailer, "zygote-v2")
+    jails = [await jailer.forked(f"a{i}", zygote) for i in range(40)]
+    assert (_charged(jailer, "zygote-v2") - before) / len(jails) < 0.9 * OF_A_FORK
+    for jail in jails:
+        await jail.kill()
+
+
+def _jailed_in(jailer: RunningJailer, pid_namespace: str) -> list[int]:
+    return [p for p in jailer.jailed() if os.readlink(f"/proc/{p}/ns/pid") == pid_namespace]
+
+
+def _charged(jailer: RunningJailer, jail_id: str) -> int:
+    """Bytes of memory that count as this jail's."""
+    (found,) = [
+        file
+        for group in jailer.cgroups()
+        if group.name == jail_id
+        for name in ("memory.usage_in_bytes", "memory.current")
+        if (file := group / name).exists()
+    ]
+    return int(found.read_text())
 
 
 async def test_a_zygote_has_no_power(jailer: RunningJailer) -> None:
@@ -173,10 +234,10 @@ async def test_memory_limits_hold_for_what_is_forked(jailer: RunningJailer) -> N
 async def test_freeze_and_files(jailer: RunningJailer) -> None:
     jail = await jailer.forked("a", await jailer.zygote("v2", EVAL))
     await ask(jail, "open('/state/f', 'w').write('x')")
+    # The process between the zygote and the agent ends a moment later, unless it is frozen before.
+    await eventually(lambda: _has_pids(jail, 2), 5.0, "init and the agent")
     await jail.freeze()
     assert [e.path for e in await jail.files.scan()] == ["f"]
-    # The process between the zygote and the agent ends a moment later.
-    await eventually(lambda: _has_pids(jail, 2), 5.0, "init and the agent")
     await jail.thaw()
     assert await ask(jail, "1 + 1") == "2"
 
@@ -191,6 +252,13 @@ async def test_freeze_and_files(jailer: RunningJailer) -> None:
         ),
         ("open('/state/x')", "FileNotFoundError"),
         ("import os; os._exit(1)", "ended"),
+        ("import mmap; kept = mmap.mmap(-1, 4096)", "left shared memory"),
+        ("import multiprocessing as m; kept = m.Value('i')", "left shared memory"),
+        (
+            "import mmap, os\nfd = os.open('/tmp/f', os.O_RDWR | os.O_CREAT)\nos.truncate(fd, 4096)\n"
+            "kept = mmap.mmap(fd, 4096, prot=mmap.PROT_READ)",
+            "(/tmp/f)",
+        ),
     ],
 )
 async def test_an_agent_that_can_have_no_zygote_says_why(jailer: RunningJailer, top: str, why: str) -> None:
@@ -228,13 +296,28 @@ async def test_a_daemons_end_ends_zygotes_and_not_their_instances(jailer: Runnin
 async def test_when_the_jailer_is_killed_zygotes_and_forks_die(jailer: RunningJailer) -> None:
     zygote = await jailer.zygote("v2", ECHO)
     await jailer.forked("a", zygote)
-    await eventually(lambda: len(jailer.jailed()) == 4, 5.0, "zygote with its spare child, init and agent")
+    everybody = "the zygote, its spare child, the fork that waits, init and agent"
+    await eventually(lambda: len(jailer.jailed()) == 5, 5.0, everybody)
     pids = jailer.jailed()
     jailer.signal(signal.SIGKILL)
     await eventually(lambda: not [p for p in pids if alive(p)], 5.0, "all die with it")
     await jailer.process.wait(5.0)
     await jailer.start()
     assert not jailer.cgroups()
+
+
+async def test_a_fork_that_waits_is_killed_and_its_zygote_forks_on(jailer: RunningJailer) -> None:
+    zygote = await jailer.zygote("v2", ECHO)
+    await jailer.forked("a", zygote)
+    await eventually(lambda: len(jailer.shells()) == 1, 5.0, "a shell waits")
+    (shell,) = jailer.shells()
+    inside = os.readlink(f"/proc/{shell}/ns/pid")
+    waiting = await eventually(lambda: _jailed_in(jailer, inside), 5.0, "a fork waits in it")
+    os.kill(waiting[0], signal.SIGKILL)
+    await eventually(lambda: shell not in jailer.inits(), 5.0, "its shell is of no use any more")
+    b = await jailer.forked("b", zygote)
+    await b.send(b"hello")
+    assert await b.receive() == b"hello"
 
 
 @pytest.mark.parametrize("after", [0.0, 0.004, 0.008, 0.012, 0.016, 0.02, 0.03])
@@ -261,8 +344,10 @@ async def test_jails_killed_while_they_are_made_leave_nothing(jailer: RunningJai
         await asyncio.gather(making, return_exceptions=True)
         with suppress(RoostError):  # it may never have been, or be gone
             await jailer.jails.ask(protocol.Kill(f"a{i}"), 5.0)
-    await eventually(lambda: len(jailer.jailed()) == 2, 5.0, "only the zygote and its spare child are left")
+    # The zygote and its spare child; and one that waits in a shell, if the last that was begun was not taken.
+    await eventually(lambda: len(jailer.jailed()) in (2, 3), 5.0, "only what waits for the next is left")
     await zygote.kill()
+    await eventually(lambda: not jailer.jailed(), 5.0, "and that ends with the zygote")
     assert not jailer.cgroups()
 
 

@@ -61,7 +61,7 @@ async def attach(address: str, *requests: attach_pb2.AttachRequest) -> list[atta
                 await call.write(request)
                 while isinstance(reply := await call.read(), attach_pb2.AttachReply):
                     replies.append(reply)
-                    if reply.WhichOneof("kind") != "delta":
+                    if reply.WhichOneof("kind") not in ("delta", "waiting"):
                         break
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, Reason.NODE_UNREACHABLE, "the node") from error

@@ -18,7 +18,7 @@ import pytest
 from protos.v1 import admin_pb2, common_pb2
 from shared.errors import Reason, RoostError
 from tests.support.eventually import eventually
-from tests.support.fake_mesh import FakeCoordinator, FakeMesh, FakeNode, dying, failing, silent
+from tests.support.fake_mesh import FakeCoordinator, FakeMesh, FakeNode, cancellable, dying, failing, silent
 
 HELLO = Path(__file__).parents[2] / "examples" / "hello"
 
@@ -133,6 +133,7 @@ async def test_chat_json_is_one_object(cli: Cli) -> None:
             "resumed_version": 0,
             "lost": [],
             "replayed": False,
+            "durable": True,
         },
         "turn_id": "t1",
         "why": "the nearest with room",
@@ -172,12 +173,29 @@ async def test_a_conversation_on_a_terminal_shows_replies_and_receipts(cli: Cli)
         assert await screen.ended() == 0
 
 
-async def test_an_interrupt_ends_a_turn_that_hangs(cli: Cli) -> None:
+async def test_an_interrupt_cancels_the_turn_and_says_what_came_of_it(cli: Cli) -> None:
+    cli.north.script.append(cancellable)
+    async with terminal(cli, "chat", "chef", "--user", "ana") as screen:
+        await screen.shows("Ctrl-C cancels a turn")
+        screen.type("hello\n")
+        await screen.shows("so far")
+        screen.type("\x03")
+        await screen.shows("roost: the turn was cancelled")
+        screen.type("again\n")
+        await screen.shows("AGAIN")
+        screen.type("\x04")
+        assert await screen.ended() == 0
+    assert cli.north.cancels == [cli.north.turns[0][0]]
+
+
+async def test_a_second_interrupt_ends_a_turn_that_hangs(cli: Cli) -> None:
     cli.north.script.append(silent)
     async with terminal(cli, "chat", "chef", "--user", "ana") as screen:
         await screen.shows("Ctrl-D ends it")
         screen.type("hello\n")
         await eventually(lambda: cli.north.turns, 10)
+        screen.type("\x03")
+        await screen.shows("Ctrl-C again leaves at once")
         screen.type("\x03")
         assert await screen.ended() == 130
         assert "Traceback" not in screen.text
@@ -261,12 +279,12 @@ async def test_status_json_has_the_names_of_the_proto(cli: Cli) -> None:
     result = await cli.run("status", "--json")
     assert result.code == 0
     told = result.json
-    assert set(told) == {"nodes", "instances", "agents", "coordinator"}
+    assert set(told) == {"nodes", "instances", "agents", "coordinator", "collection"}
     north, cloud = told["nodes"]
     assert north["node"]["id"] == "north"
     assert north["node"]["role"] == "edge"
     assert north["node"]["position"] == {"latitude": 59.91, "longitude": 10.75}
-    assert north["reserved"] == {"memory_bytes": 512 << 20, "cpu_millis": 500, "pids": 64}
+    assert north["reserved"] == {"memory_bytes": 512 << 20, "cpu_millis": 500, "pids": 64, "devices": []}
     assert (north["state"], north["instances"], north["peers"]) == ("up", 1, ["south"])
     assert (cloud["node"]["position"], cloud["reserved"]) == (None, None)
     assert told["instances"][0]["key"] == {"tenant": "default", "agent": "chef", "user": "ana"}
@@ -303,11 +321,57 @@ async def test_nodes_tells_addresses_and_peers(cli: Cli) -> None:
 async def test_drain_and_its_undo(cli: Cli) -> None:
     result = await cli.run("drain", "north")
     assert result.code == 0
-    assert "owns 2" in result.out
+    assert "nothing runs there; 2 sleep" in result.out
     await cli.run("drain", "north", "--undo")
     assert cli.coordinator.drained == [("north", False), ("north", True)]
     cli.coordinator.refusals.append(RoostError(Reason.NODE_UNKNOWN, "there is no node x", "see roost nodes"))
     assert (await cli.run("drain", "x")).code == 1
+
+
+async def test_drain_can_be_watched_until_nothing_runs(cli: Cli) -> None:
+    reply = admin_pb2.DrainReply
+    cli.coordinator.drains.extend(
+        [reply(instances=3, live=2), reply(instances=2, live=1, waiting=["no room"])]
+    )
+    result = await cli.run("drain", "north", "--wait")
+    assert result.err.splitlines() == ["2 still run on north", "1 still run on north (no room)"]
+    assert "it can be stopped" in result.out
+    cli.coordinator.drains.extend([reply(instances=3, live=2)] * 3)
+    late = await cli.run("drain", "north", "--wait", "--timeout", "0")
+    assert late.code == 1
+    assert "--undo" in late.err
+    cli.coordinator.drains.clear()
+    cli.coordinator.drains.append(reply(instances=3, live=2))
+    assert "2 still run there" in (await cli.run("drain", "north")).out
+
+
+async def test_move_says_what_it_does_and_how_long_it_paused(cli: Cli) -> None:
+    result = await cli.run("move", "chef", "--user", "ana", "south")
+    assert "south prepares" in result.err
+    assert "from north to south (epoch 2). It paused for 12 ms" in result.out
+    await cli.run("move", "chef", "south", "--user", "ana", "--now", "--wait", "5")
+    first, second = cli.coordinator.moved
+    assert (first.key.user, first.node, first.now, first.turn_ms) == ("ana", "south", False, 30_000)
+    assert (second.node, second.now, second.turn_ms) == ("south", True, 5000)
+    moved = await cli.run("move", "chef", "--user", "ana", "north", "--json")
+    assert (moved.json["target"], moved.json["pause_ms"]) == ("north", 12.3)
+    assert "is on north already" in (await cli.run("move", "chef", "--user", "ana", "north")).out
+    cli.coordinator.refusals.append(RoostError(Reason.MOVE_GIVEN_UP, "it stays", "try again later"))
+    refused = await cli.run("move", "chef", "--user", "ana", "south", "--json")
+    assert (refused.code, refused.json["error"]["reason"]) == (1, "MOVE_GIVEN_UP")
+    assert (await cli.run("move", "chef", "--user", "ana", "--wait", "-1")).code != 0
+
+
+async def test_resize_says_what_it_has_now(cli: Cli) -> None:
+    result = await cli.run("resize", "chef", "--user", "ana", "--memory", "256M", "--cpu", "1.5")
+    assert result.code == 0
+    assert "chef of ana has 256M memory, 1.5 cores, 9 pids now, on north." in result.out
+    (request,) = cli.coordinator.resized
+    assert (request.size.memory_bytes, request.size.cpu_millis, request.size.pids) == (256 << 20, 1500, 0)
+    assert (await cli.run("resize", "chef", "--user", "ana", "--reset", "--json")).json["node"] == "north"
+    for wrong in ((), ("--reset", "--pids", "9"), ("--memory", "much"), ("--cpu", "-1")):
+        assert (await cli.run("resize", "chef", "--user", "ana", *wrong)).code != 0
+    assert len(cli.coordinator.resized) == 2
 
 
 async def test_output_that_nobody_reads_is_no_traceback(cli: Cli) -> None:

@@ -12,7 +12,15 @@ from roost.client import Delta, Reply, Restarted
 from shared.errors import Reason, RoostError
 from shared.rpc import MAX_TURN_BYTES
 from tests.support.eventually import eventually
-from tests.support.fake_mesh import FakeCoordinator, FakeMesh, FakeNode, dying, failing, silent
+from tests.support.fake_mesh import (
+    FakeCoordinator,
+    FakeMesh,
+    FakeNode,
+    cancellable,
+    dying,
+    failing,
+    silent,
+)
 
 
 @pytest.fixture
@@ -199,6 +207,85 @@ async def test_a_cancelled_turn_leaves_a_chat_that_works(mesh: FakeMesh) -> None
         assert (await chat.send("again")).text == "AGAIN"
 
 
+async def test_a_turn_is_cancelled_when_the_user_says_so(mesh: FakeMesh) -> None:
+    north, _, coordinator = await two_nodes(mesh)
+    north.script.append(cancellable)
+    async with AsyncClient([coordinator.address]) as client, client.attach("hello", "ana") as chat:
+        chat.cancel()  # nothing is under way
+        stream = chat.stream("hi", turn_id="t1")
+        assert await anext(stream) == Delta("so far")
+        chat.cancel()
+        chat.cancel()
+        with pytest.raises(RoostError) as caught:
+            await anext(stream)
+        assert caught.value.reason is Reason.TURN_CANCELLED
+        assert north.cancels == ["t1"]
+        assert (await chat.send("again")).text == "AGAIN"
+    assert len(north.tickets) == 1, "over the same stream"
+
+
+async def test_a_turn_that_is_cancelled_before_it_was_sent_is_not(mesh: FakeMesh) -> None:
+    north, _, coordinator = await two_nodes(mesh)
+    async with AsyncClient([coordinator.address]) as client, client.attach("hello", "ana") as chat:
+        sending = asyncio.create_task(chat.send("hi"))
+        await asyncio.sleep(0)
+        chat.cancel()
+        with pytest.raises(RoostError) as caught:
+            await sending
+    assert caught.value.reason is Reason.TURN_CANCELLED
+    assert not north.turns
+
+
+async def test_a_cancellation_follows_its_turn_to_another_node(mesh: FakeMesh) -> None:
+    north, south, coordinator = await two_nodes(mesh)
+    north.script.append(dying)
+    south.script.append(cancellable)
+    async with AsyncClient([coordinator.address]) as client, client.attach("hello", "ana") as chat:
+        stream = chat.stream("hi", turn_id="t1")
+        assert [await anext(stream), await anext(stream)] == [Delta("half a rep"), Restarted()]
+        chat.cancel()
+        assert await anext(stream) == Delta("so far")
+        with pytest.raises(RoostError) as caught:
+            await anext(stream)
+    assert caught.value.reason is Reason.TURN_CANCELLED
+    assert (len(south.turns), south.cancels) == (1, ["t1"])
+
+
+@pytest.mark.parametrize("how", ["task", "break"])
+@pytest.mark.parametrize("cancel", [True, False])
+async def test_a_turn_that_is_left_is_cancelled_if_the_user_wants_that(
+    mesh: FakeMesh, how: str, cancel: bool
+) -> None:
+    north, _, coordinator = await two_nodes(mesh)
+    north.script.append(cancellable)
+    async with AsyncClient([coordinator.address]) as client, client.attach("hello", "ana") as chat:
+        if how == "task":
+            sending = asyncio.create_task(chat.send("hi", cancel_if_left=cancel))
+            await eventually(lambda: north.turns, 10, "the turn has arrived")
+            sending.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await sending
+        else:
+            stream = chat.stream("hi", cancel_if_left=cancel)
+            await anext(stream)
+            await stream.aclose()
+        assert len(north.cancels) == cancel
+        assert (await chat.send("again")).text == "AGAIN"
+
+
+async def test_a_turn_says_how_long_it_may_take_and_what_was_last_given(mesh: FakeMesh) -> None:
+    north, _, coordinator = await two_nodes(mesh)
+    async with AsyncClient([coordinator.address]) as client, client.attach("hello", "ana") as chat:
+        first = await chat.send("one", timeout=20.0)
+        await chat.send("two", timeout=0.9)
+    one, two = north.sent
+    assert 10_000 < one.deadline_ms < 20_000
+    assert 0 < two.deadline_ms < 900
+    assert not one.HasField("given")
+    given = two.given
+    assert (given.turn_id, given.node, given.version, given.durable) == (first.turn_id, "north", 1, True)
+
+
 async def test_what_cannot_be_sent_is_refused_before_any_call(mesh: FakeMesh) -> None:
     _, _, coordinator = await two_nodes(mesh)
     async with AsyncClient([coordinator.address]) as client, client.attach("hello", "ana") as chat:
@@ -233,3 +320,24 @@ async def test_the_sync_client_is_the_async_one(mesh: FakeMesh) -> None:
     assert events[:2] == [Delta("half a rep"), Restarted()]
     assert [event.text for event in events if isinstance(event, Reply)] == ["HELLO", "AGAIN", "LAST"]
     assert north.turns[0] == south.turns[0]
+
+
+async def test_the_sync_client_cancels_from_another_thread_and_when_it_is_left(mesh: FakeMesh) -> None:
+    north, _, coordinator = await two_nodes(mesh)
+    north.script.extend([cancellable, cancellable])
+
+    def use() -> Reason:
+        with Client([coordinator.address]) as client, client.attach("hello", "ana") as chat:
+            stream = chat.stream("one")
+            next(stream)
+            chat.cancel()
+            with pytest.raises(RoostError) as caught:
+                next(stream)
+            stream = chat.stream("two", cancel_if_left=True)
+            next(stream)
+            stream.close()
+            assert chat.send("three").text == "THREE"
+            return caught.value.reason
+
+    assert await asyncio.to_thread(use) is Reason.TURN_CANCELLED
+    assert len(north.cancels) == 2

@@ -81,7 +81,8 @@ async def test_state_survives_a_move(tmp_path: Path) -> None:
         await mesh.deploy(PROBE)
         async with mesh.client(OSLO) as client:
             async with client.attach("probe", "ana") as ana:
-                await ana.send("append one")
+                first = (await ana.send("append one")).receipt
+            assert (first.node, first.epoch) == ("edge-north", 1)
             await mesh.drain("edge-north")
             async with client.attach("probe", "ana") as ana:
                 reply = await ana.send("append two")
@@ -144,7 +145,7 @@ async def test_a_client_that_leaves_in_the_middle_finds_its_turn_done(tmp_path: 
             async with client.attach("probe", "ana") as ana:
                 reply = await ana.send("slow-append 1 one", turn_id="t-1")
                 assert json.loads(reply.text) == ["one"]
-                assert reply.receipt.replayed
+                assert (reply.receipt.version, reply.receipt.replayed) == (1, False), "it was joined"
                 assert await lines(ana) == ["one"]
 
 

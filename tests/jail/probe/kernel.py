@@ -34,6 +34,11 @@ calls("mount a tmpfs", "mount", b"none", b"/tmp", b"tmpfs", 0, None)
 calls("mount proc anew, without masks", "mount", b"proc", b"/tmp", b"proc", 0, None)
 calls("mount a cgroup hierarchy (release_agent)", "mount", b"none", b"/tmp", b"cgroup", 0, b"memory")
 calls("mount cgroup2", "mount", b"none", b"/tmp", b"cgroup2", 0, None)
+calls(
+    "mount the host's disk",
+    *("mount", b"/dev/vda1", b"/tmp", b"ext4", 1, None),
+    reached=(errno.ENOENT, errno.ENOTBLK, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.EBUSY),
+)
 calls("mount sysfs", "mount", b"none", b"/tmp", b"sysfs", 0, None)
 calls("remount /proc/sys writable", "mount", b"none", b"/proc/sys", b"none", 0x20 | 0x1000, None)
 calls("take a mask off /proc", "umount2", b"/proc/sys", 2)
@@ -79,6 +84,10 @@ writes("write other switches below /proc/sys", "/proc/sys/vm/panic_on_oom", "/pr
 writes("write binfmt_misc", "/proc/sys/fs/binfmt_misc/register")
 writes("write interrupt routing", "/proc/irq/default_smp_affinity")
 writes("write cgroup release_agent", *(f"/sys/fs/cgroup/{d}release_agent" for d in ("", "memory/", "rdma/")))
+writes(
+    "write a cgroup's list of devices",
+    *(f"/sys/fs/cgroup/devices/{d}devices.allow" for d in ("", "docker/")),
+)
 writes("write uevent_helper", "/sys/kernel/uevent_helper")
 writes("write power state and firmware", "/sys/power/state", "/sys/firmware/acpi/pm_profile")
 
@@ -108,7 +117,11 @@ _reads("read keys and timers of the host", "/proc/keys", "/proc/timer_list", "/p
 _reads("read the kernel's log", "/proc/kmsg", "/dev/kmsg")
 _reads("read interrupts and load of the host", "/proc/interrupts", "/proc/pressure/cpu")
 _reads("read the machine's identity", "/sys/class/dmi/id/product_uuid", "/etc/machine-id")
-_reads("read the host's secrets", "/etc/shadow", "/etc/ssh/ssh_host_ed25519_key", "/root/.ssh/id_rsa")
+_reads(
+    "read the host's secrets",
+    *("/etc/shadow", "/etc/ssh/ssh_host_ed25519_key", "/root/.ssh/id_rsa"),
+    "/var/run/secrets/kubernetes.io/serviceaccount/token",
+)
 _reads("read the block devices' I/O by /sys", "/sys/block/vda/stat", "/sys/block/sda/stat")
 
 

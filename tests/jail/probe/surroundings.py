@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -11,9 +13,11 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
 
 from .attempts import (
     HAZARDS,
+    Argument,
     first,
     hazard,
     planted,
@@ -73,7 +77,10 @@ def _engine() -> str | None:
         with socket.socket(socket.AF_UNIX) as s:
             s.connect(path)
 
-    names = ("docker.sock", "containerd/containerd.sock", "podman/podman.sock", "crio/crio.sock")
+    names = (
+        *("docker.sock", "containerd/containerd.sock", "podman/podman.sock", "crio/crio.sock"),
+        *("dbus/system_bus_socket", "systemd/private", "snapd.socket"),
+    )
     host = (planted("SOCKET"),) if planted("SOCKET") else ()
     return first([f"{d}/{n}" for d in ("/run", "/var/run") for n in names] + list(host), connect)
 
@@ -116,6 +123,16 @@ def _resolv_conf() -> list[str]:
         return read("/etc/resolv.conf").decode().splitlines()
     except OSError:
         return []
+
+
+@hazard("a way out: the cloud's metadata service")
+def _metadata() -> str | None:
+    def connect(address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as s:
+            s.connect((address, 80))
+
+    return first(("169.254.169.254", "169.254.170.2", "100.100.100.200", "fd00:ec2::254"), connect)
 
 
 @hazard("other interfaces than loopback")
@@ -166,6 +183,23 @@ def _plant() -> str | None:
         os.unlink(path)
 
     return first(("/usr/bin", "/usr/local/bin", "/etc", "/lib", "/opt", "/root", "/var/lib"), plant)
+
+
+@hazard("replace what masks and devices are made of (runc 2025-31133)")
+def _mask_sources() -> str | None:
+    """Whoever may write to one of these directories can put a link where a later jail is masked from. A file
+    without a name does no harm."""
+
+    def make(directory: str) -> None:
+        os.close(os.open(directory, os.O_TMPFILE | os.O_WRONLY, 0o600))
+
+    return first(("/dev", "/run/empty", "/run/empty/directory", "/run", "/"), make)
+
+
+writes(
+    "redirect the runtime's writes to /proc (runc 2025-52881)",
+    *("/proc/1/attr/current", "/proc/1/oom_score_adj", "/proc/1/uid_map", "/proc/sys/kernel/ns_last_pid"),
+)
 
 
 @hazard("capabilities, in any set")
@@ -273,10 +307,53 @@ def _read_neighbour() -> str | None:
     return first(paths, read)
 
 
+@hazard("memory of another instance")
+def _neighbours_memory() -> str | None:
+    """By its pid, as the host has it."""
+    pid = int(planted("NEIGHBOUR_PID") or planted("PID") or 0) or 1 << 21
+
+    def look(path: str) -> None:
+        if not read(path, 64):
+            raise OSError(errno.ENODATA, "empty")
+
+    def call(name: str, *arguments: Argument) -> None:
+        syscall(name, *arguments)
+
+    vector = ctypes.create_string_buffer(struct.pack("=QQ", 0, 8))
+    ways: dict[str, Callable[[str], None]] = {
+        f"/proc/{pid}/maps": look,
+        f"/proc/{pid}/environ": look,
+        "process_vm_readv": lambda name: call(name, pid, vector, 1, vector, 1, 0),
+        "ptrace": lambda name: call(name, 16, pid, None, None),  # PTRACE_ATTACH
+    }
+    return first(tuple(ways), lambda way: ways[way](way))
+
+
+@hazard("signal another instance")
+def _signal_neighbour() -> str | None:
+    """Signal 0: nothing is sent."""
+    os.kill(int(planted("NEIGHBOUR_PID") or planted("PID") or 0) or 1 << 21, 0)
+    return "may"
+
+
+@hazard("files in the host's /dev/shm or /tmp")
+def _shared_files() -> str | None:
+    names = [path for path in planted("SHARED").split(":") if path]
+    return first(names, read) if names else None
+
+
 @hazard("shared memory of the host")
 def _shared_memory() -> str | None:
     syscall("shmget", int(planted("SHM") or 0x7FFF0001), 0, 0)
     return "attached"
+
+
+@hazard("memory that another process can write to")
+def _mappings() -> str | None:
+    """Mapped as shared and writable: what a zygote's import left so would be every user's."""
+    with open("/proc/self/smaps", errors="replace") as file:
+        shared = [line for line in file if line.startswith("VmFlags:") and "sh" in line.split()]
+    return f"{len(shared)} mappings" if shared else None
 
 
 @hazard("real-time priority")
@@ -328,9 +405,14 @@ def _fill_tmp() -> str | None:
     return _fill(f"{os.environ.get('TMPDIR', '/tmp')}/probe-{os.getpid()}", 2 * _MEMORY)
 
 
+@hazard("fill /dev/shm")
+def _fill_shm() -> str | None:
+    return _fill(f"/dev/shm/probe-{os.getpid()}", 2 * _MEMORY)
+
+
 @hazard("one file of any size")
 def _big_file() -> str | None:
-    """A sparse one, over 4 GiB, where the state is."""
+    """A sparse one, over 4 GiB, where the state is: the most that any jail may have there."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     path = f"{planted('STATE') or '/state'}/probe-{os.getpid()}"
     try:
