@@ -1,0 +1,27 @@
+"""The same agent on Roost."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+
+sys.path.insert(0, "/agent/framework")
+
+from assistant import LOOP, reply
+
+from roost import Agent, Turn
+
+agent = Agent()
+asyncio.run(reply(LOOP))  # what the framework makes at its first use is made here, once for all forks
+
+
+@agent.turn
+async def answer(turn: Turn) -> AsyncIterator[str]:
+    turn.state["turns"] = turn.state.get("turns", 0) + 1
+    yield await reply(turn.message)
+
+
+@agent.warm_up
+async def rehearse() -> None:
+    await reply("a table for one")
