@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fuzz bench check image lock clean
+.PHONY: help setup demo test test-faults test-fuzz test-vm bench check image lock clean
 
 BIN := .venv/bin
 BOOTSTRAP := packaging/bootstrap.sh
@@ -28,16 +28,31 @@ test: ## all tests, against a real etcd and real jails (root); ARGS="-k text" pi
 	@$(BOOTSTRAP) --test
 	@$(BIN)/pytest $(ARGS)
 
-test-fuzz: ## random system calls in a jail for 20 s (root; apt-get install trinity)
+test-faults: ## 300 faults while clients work, then a verdict: 10 min; ARGS="--seed 7 --faults 50" (root)
+	@$(call need_root,tests real jails)
+	@$(BOOTSTRAP) --test
+	@$(BIN)/pytest -q -m faults tests
+	@$(BIN)/python -m tests.faults.run $(ARGS)
+
+test-fuzz: ## jails for ten minutes: random system calls, random lives and deaths, 2,000 cycles (root)
 	@$(call need_root,tests real jails)
 	@$(BOOTSTRAP) --test
 	@$(BIN)/pytest -m fuzz tests/jail $(ARGS)
+
+test-vm: ## jails under cgroup v2 and the systemd service, in a booted Debian box (root, Debian 12; slow without KVM)
+	@$(call need_root,installs qemu and mmdebstrap with apt and makes a disk)
+	@$(BOOTSTRAP) --vm
+	@packaging/vm/run.sh .cache/vm $(ARGS)
+
+BENCH_EXTRA = $(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["optional-dependencies"]["bench"], sep="\n")'
 
 # What pip has no build of for this Python, a benchmark goes without, and says so.
 bench: ## measures, beside peers, into bench/out/; NAME=escape picks one (root)
 	@$(call need_root,measures real jails)
 	@$(BOOTSTRAP) --test
-	@$(BIN)/python -c 'import sandlock' 2>/dev/null || $(BIN)/python -m pip install -qq 'sandlock>=0.9,<1' || true
+	@$(BIN)/python -c 'import matplotlib, sandlock' 2>/dev/null || $(BENCH_EXTRA) | \
+		xargs -d '\n' -n 1 $(BIN)/python -m pip install -qq --disable-pip-version-check || true
 	@$(BIN)/python -m bench.run $(NAME)
 
 check: ## format, lint, types, import rules, unit tests: under a minute, no root

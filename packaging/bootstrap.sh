@@ -4,6 +4,7 @@
 #   packaging/bootstrap.sh           what the demo and a node on this machine need
 #   packaging/bootstrap.sh --image   and what building the coordinator's image needs
 #   packaging/bootstrap.sh --test    and what the tests need
+#   packaging/bootstrap.sh --vm      and what a Debian box in an emulator needs
 #
 # It may run at any time, any number of times: what is there is left alone, and a stamp in .venv lets it end
 # in a fraction of a second when nothing has changed. Without root no system package is installed; what is
@@ -28,7 +29,11 @@ needed() {
     echo "runc runc"
     echo "mmdebstrap mmdebstrap"
   fi
-  if [ "$1" = test ]; then
+  if [ "$1" = vm ]; then
+    echo "qemu-system-x86_64 qemu-system-x86"
+    echo "mkfs.ext4 e2fsprogs"
+  fi
+  if [ "$1" = test ] || [ "$1" = vm ]; then
     echo "etcdctl etcd-client"
     echo "bwrap bubblewrap"
     echo "ip iproute2"
@@ -42,6 +47,8 @@ missing_packages() {
   done
   # mmdebstrap on Ubuntu makes a Debian base only if it knows Debian's keys.
   [ "$1" = run ] || [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
+  # A library and no command: tests let a process's clock jump with it.
+  [ "$1" != test ] || compgen -G "/usr/lib/*/faketime/libfaketime.so.1" >/dev/null || echo libfaketime
 }
 
 # Debian starts a service as soon as its package is there, and etcd's would take port 2379 and start at each
@@ -99,6 +106,12 @@ install_packages() {
     say "missing, and only root can install them: ${missing[*]}"
     say "make check goes on without them; make demo, make test and make image need them: run those with sudo"
   fi
+}
+
+# Tests that need one of these are skipped, and say so, where it can't be had.
+install_wanted() {
+  [ "$1" = test ] && [ "$(id -u)" = 0 ] && ! command -v trinity >/dev/null || return 0
+  (apt_install trinity) || say "going on without trinity: the tests with random system calls are skipped"
 }
 
 # --- Python ----------------------------------------------------------------------------------------------
@@ -165,13 +178,14 @@ main() {
   local level=run
   case "${1:-}" in
     "") ;;
-    --image | --test) level=${1#--} ;;
-    *) die "unknown argument $1" "known are --image and --test" ;;
+    --image | --test | --vm) level=${1#--} ;;
+    *) die "unknown argument $1" "known are --image, --test and --vm" ;;
   esac
   # Two makes at once would fight over apt and .venv: the second waits for the first, then finds all done.
   exec 9<pyproject.toml
   flock --timeout 900 9 || die "another bootstrap of this directory has been running for 15 minutes"
   install_packages "$level"
+  install_wanted "$level"
   venv_is_current || make_venv
 }
 
