@@ -248,7 +248,7 @@ async def test_a_daemon_that_dies_finds_its_instances_again(tmp_path: Path) -> N
         async with mesh.client() as client:
             async with client.attach("probe", "ana") as ana, client.attach("probe", "ben") as ben:
                 await ana.send("append a1")
-                pid = (await ana.send("pid")).text
+                process = (await ana.send("process")).text
                 await ben.send("append b1")
                 turn = asyncio.create_task(ben.send("slow-append 1 b2"))
                 await asyncio.sleep(0.3)
@@ -259,7 +259,7 @@ async def test_a_daemon_that_dies_finds_its_instances_again(tmp_path: Path) -> N
                 reply = await ana.send("append a2")
                 assert json.loads(reply.text) == ["a1", "a2"]
                 assert reply.receipt.resumed_from == "live"
-                assert (await ana.send("pid")).text == pid
+                assert (await ana.send("process")).text == process
                 assert (reply.receipt.node, reply.receipt.epoch) == ("edge-north", 1)
 
 

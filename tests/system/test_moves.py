@@ -90,7 +90,7 @@ async def test_under_a_stream_of_turns_to_and_fro(tmp_path: Path) -> None:
 
 async def _what_can_not_be_is_said_and_changes_nothing(mesh: Mesh, ana: AsyncChat) -> None:
     """It is on edge-north."""
-    pid = (await ana.send("pid")).text
+    process = (await ana.send("process")).text
     with pytest.raises(RoostError, match="no instance"):
         await move(mesh, "edge-south", user="ben")
     await mesh.drain("edge-south")
@@ -103,7 +103,7 @@ async def _what_can_not_be_is_said_and_changes_nothing(mesh: Mesh, ana: AsyncCha
     await mesh.nodes["edge-south"].kill()
     with pytest.raises(RoostError):
         await move(mesh, "edge-south")
-    assert (await ana.send("pid")).text == pid
+    assert (await ana.send("process")).text == process
 
 
 async def test_a_turn_that_runs_ends_first_or_the_move_is_given_up_or_it_is_run_again(tmp_path: Path) -> None:

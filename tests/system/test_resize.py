@@ -38,20 +38,20 @@ async def test_a_size_is_had_at_once_and_kept_through_sleep_and_moves(tmp_path: 
         async with mesh.client((59.9, 10.7)) as client, client.attach("probe", "ana") as ana:
             with pytest.raises(RoostError, match="no instance"):
                 await resize(mesh, memory_bytes=128 * MIB)
-            pid = (await ana.send("pid")).text
+            process = (await ana.send("process")).text
             turn = asyncio.create_task(ana.send("slow-append 2 one"))
             reply = await resize(mesh, memory_bytes=200 * MIB, pids=40)
             assert Resources.from_proto(reply.size) == Resources(200 * MIB, 1000, 40)
             assert (reply.node, reply.running) == ("edge-north", True)
             assert (await reserved(mesh, "edge-north")).memory_bytes == 200 * MIB
             assert json.loads((await turn).text) == ["one"]
-            assert (await ana.send("pid")).text == pid, "it went on"
+            assert (await ana.send("process")).text == process, "it went on"
             with pytest.raises(RoostError) as caught:
                 await resize(mesh, memory_bytes=10 << 30)
             assert (caught.value.reason, bool(caught.value.hint)) == (Reason.NO_ROOM, True)
             with pytest.raises(RoostError, match="at least 16M"):
                 await resize(mesh, memory_bytes=1 * MIB)
-            assert (await ana.send("pid")).text == pid, "a refusal harms nothing"
+            assert (await ana.send("process")).text == process, "a refusal harms nothing"
 
             async def hibernated() -> bool:
                 instance = await mesh.instance("probe", "ana")

@@ -60,12 +60,12 @@ async def test_log_restore_export_and_import(mesh: Mesh, tmp_path: Path) -> None
         assert "three" in await roost(mesh, "state", "log", "probe", "--user", "ana")
 
         # While it is live: its process has to go.
-        pid = (await ana.send("pid")).text
+        process = (await ana.send("process")).text
         assert await state(mesh, "restore", "2") == {"version": 5, "epoch": 2}
         reply = await ana.send("append four")
         assert json.loads(reply.text) == ["one", "two", "four"]
         assert (reply.receipt.epoch, reply.receipt.version, reply.receipt.node) == (2, 6, "edge-north")
-        assert (await ana.send("pid")).text != pid
+        assert (await ana.send("process")).text != process
 
         # What was applied stays applied, though what it did was undone.
         again = await ana.send("append three", turn_id="three")

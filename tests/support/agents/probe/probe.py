@@ -1,11 +1,13 @@
 """An agent that does what tests tell it to: `COMMAND ARGUMENT` in each message."""
 
+import functools
 import json
 import os
 import pathlib
 import signal
 import sys
 import time
+import uuid
 
 from roost import Agent
 
@@ -62,6 +64,12 @@ def _fill(text):
     return "ok"
 
 
+@functools.cache
+def _process():
+    """Drawn at the first question, so not shared by what is forked: a pid is one in its own namespace, and easily the same in the next jail."""
+    return uuid.uuid4().hex
+
+
 COMMANDS = {
     "append": _append,
     "lines": _lines,
@@ -74,7 +82,7 @@ COMMANDS = {
     "sleep": lambda text: time.sleep(float(text)) or "slept",
     "echo": lambda text: text,
     "huge": lambda text: "x" * int(text),
-    "pid": lambda _: str(os.getpid()),
+    "process": lambda _: _process(),
     "read": lambda path: pathlib.Path(path).read_text(),
     "ls": lambda path: json.dumps(sorted(os.listdir(path))),
     "garbage": lambda _: os.write(int(os.environ["ROOST_FD"]), b"\xff" * 64) and time.sleep(60),
