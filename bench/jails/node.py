@@ -51,6 +51,8 @@ _EPOCH = 1
 class _Control:
     """Everything is this node's, new, and committed as soon as it is asked for."""
 
+    gc_round = 0
+
     def __init__(self, agents: dict[str, Agent]) -> None:
         self._agents = agents
 
