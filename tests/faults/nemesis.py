@@ -4,10 +4,12 @@ is cancelled; what it left down or cut all the same, `Cluster.heal` mends."""
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 import grpc.aio
@@ -228,18 +230,20 @@ class Nemesis:
         return True
 
     async def _blobs_corrupt(self, fault: Fault, on: str) -> bool:
-        """A bit flips in the newest blobs, and flips back."""
-        blobs = (path for path in self._cluster.blobs.glob("chunks/*/*") if path.is_file())
-        newest = sorted(blobs, key=lambda path: path.stat().st_mtime)[-10:]
-        good = {path: path.read_bytes() for path in newest}
-        for path, data in good.items():
-            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        try:
-            await asyncio.sleep(fault.seconds)
-        finally:
-            for path, data in good.items():
-                path.write_bytes(data)
-        return bool(good)
+        """A bit flips in the newest blobs, and flips back, wherever a round of collecting moves them."""
+        with ExitStack() as stack:
+            newest = []
+            for path in _newest(self._cluster.blobs.glob("chunks/*/*"), 10):
+                with suppress(FileNotFoundError):  # moved just now
+                    newest.append(stack.enter_context(path.open("r+b", buffering=0)))
+            for file in newest:
+                _flip(file)
+            try:
+                await asyncio.sleep(fault.seconds)
+            finally:
+                for file in newest:
+                    _flip(file)
+            return bool(newest)
 
     async def _clock(self, fault: Fault, on: str) -> bool:
         file = self._cluster.clock_file(on)
@@ -277,3 +281,21 @@ def _put_back(away: Path, blobs: Path) -> None:
         for path in sorted(blobs.rglob("*"), reverse=True):
             with suppress(OSError):
                 path.rmdir()
+
+
+def _newest(paths: Iterable[Path], count: int) -> list[Path]:
+    """Files, some of which may be moved away meanwhile."""
+    times = {}
+    for path in paths:
+        with suppress(FileNotFoundError):
+            if path.is_file():
+                times[path] = path.stat().st_mtime
+    return sorted(times, key=lambda path: times[path])[-count:]
+
+
+def _flip(file: FileIO) -> None:
+    """The last bit."""
+    file.seek(-1, os.SEEK_END)
+    last = file.read(1)
+    file.seek(-1, os.SEEK_END)
+    file.write(bytes([last[0] ^ 1]))
