@@ -8,6 +8,7 @@ disk outlives its process, so that an instance resumes where it slept without mo
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -109,6 +110,16 @@ class Jail(Protocol):
     async def resize(self, limits: Resources) -> None:
         """Other limits for what runs. JAIL_FAILED, and nothing has changed, if its memory can't be brought
         below the new limit at once: nothing is killed for it."""
+        ...
+
+    async def guard(self, fd: int, opening: Callable[[], None]) -> None:
+        """Whoever in the jail opens the file of which `fd` is a descriptor, one of its /state, waits from now
+        on until `release`; `opening` is called then. JAIL_FAILED if this machine can't. The jail ends with
+        this daemon, until all that is guarded is released."""
+        ...
+
+    async def release(self, fd: int) -> None:
+        """Those who wait for the file go on, and nobody waits for it any more."""
         ...
 
     async def kill(self) -> Exit:

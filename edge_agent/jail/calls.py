@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,13 +64,14 @@ class Calls:
         self._ended = False
         self._loop.add_reader(self._wire.fileno(), self._readable)
 
-    async def ask(self, body: Body, timeout: float) -> Answer:
-        """CallFailed, CallsEnded, or TimeoutError after `timeout` seconds: it may still be done then."""
+    async def ask(self, body: Body, timeout: float, fds: tuple[int, ...] = ()) -> Answer:
+        """CallFailed, CallsEnded, or TimeoutError after `timeout` seconds: it may still be done then. Copies
+        of `fds` go along."""
         request_id = next(self._ids)
         pending = self._pending[request_id] = _Pending(self._loop.create_future())
         future = pending.future
         try:
-            self.post(body, request_id)
+            self.post(body, request_id, fds)
             async with asyncio.timeout(timeout):
                 return await future
         except BaseException:
@@ -79,12 +81,12 @@ class Calls:
         finally:
             del self._pending[request_id]
 
-    def post(self, body: Body, request_id: int = 0) -> None:
+    def post(self, body: Body, request_id: int = 0, fds: tuple[int, ...] = ()) -> None:
         """Sends without waiting for the answer. CallsEnded if the socket is closed."""
         if self._ended:
             raise CallsEnded
         try:
-            self._wire.send({"id": request_id, **body})
+            self._wire.send({"id": request_id, **body}, tuple(map(os.dup, fds)))
         except Closed as error:
             self.close()
             raise CallsEnded from error

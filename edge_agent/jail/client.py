@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
 
@@ -81,6 +82,7 @@ class JailedAgent:
         self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self._files = RemoteFiles(self._ask_init)
         self._network = RemoteNetwork(self._ask_init)
+        self._guarded: dict[int, Callable[[], None]] = {}  # by inode
 
     def __repr__(self) -> str:
         ended = self._exit.result() if self._exit.done() else "running"
@@ -145,6 +147,24 @@ class JailedAgent:
         await self._ask_jailer(request)
         self.limits = limits
 
+    async def guard(self, fd: int, opening: Callable[[], None]) -> None:
+        inode = os.fstat(fd).st_ino
+        self._guarded[inode] = opening
+        try:
+            await self._ask_jailer(protocol.Guard(self._jail_id), (fd,))
+        except BaseException:
+            del self._guarded[inode]
+            raise
+
+    async def release(self, fd: int) -> None:
+        self._guarded.pop(os.fstat(fd).st_ino, None)
+        await self._ask_jailer(protocol.Release(self._jail_id), (fd,))
+
+    def told_opening(self, inode: int) -> None:
+        """The jailer says so. It may have been released meanwhile."""
+        if opening := self._guarded.get(inode):
+            opening()
+
     async def kill(self) -> Exit:
         with suppress(JailGone):
             answer = await self._ask_jailer(protocol.Kill(self._jail_id))
@@ -179,11 +199,13 @@ class JailedAgent:
                 "the machine may be overloaded, or the jail's processor share too small",
             ) from None
 
-    async def _ask_jailer(self, request: protocol.OfJail) -> Answer:
+    async def _ask_jailer(
+        self, request: protocol.OfJail | protocol.OfFile, fds: tuple[int, ...] = ()
+    ) -> Answer:
         if self._exit.done():
             raise JailGone(self._exit.result())
         try:
-            return await self._jails.ask(request, _SECONDS)
+            return await self._jails.ask(request, _SECONDS, fds)
         except RoostError:
             if self._exit.done():  # the refusal came because it has ended meanwhile
                 raise JailGone(self._exit.result()) from None
@@ -308,10 +330,10 @@ class JailerClient:
     async def discard(self, jail_id: str) -> None:
         await self.ask(protocol.Discard(jail_id), _DISCARD_SECONDS)
 
-    async def ask(self, request: protocol.Request, timeout: float) -> Answer:
+    async def ask(self, request: protocol.Request, timeout: float, fds: tuple[int, ...] = ()) -> Answer:
         """RoostError JAIL_FAILED for a refusal, no answer in time, or no jailer."""
         with _as_roost_errors(request.do, timeout):
-            return await self._calls.ask(protocol.encode(request), timeout)
+            return await self._calls.ask(protocol.encode(request), timeout, fds)
 
     def forget(self, jail: JailedAgent) -> None:
         if self._running.get(jail.jail_id) is jail:
@@ -341,10 +363,14 @@ class JailerClient:
         return jail
 
     def _on_event(self, body: Body) -> None:
-        if body.get("event") != "exited":
-            return
-        jail_id = body["jail_id"]
-        exit = Exit(body["code"], body["out_of_memory"], body["stderr_tail"], body["disk_full"])
+        match body.get("event"):
+            case "exited":
+                exit = Exit(body["code"], body["out_of_memory"], body["stderr_tail"], body["disk_full"])
+                self._ended(body["jail_id"], exit)
+            case "opening" if jail := self._running.get(body["jail_id"]):
+                jail.told_opening(body["inode"])
+
+    def _ended(self, jail_id: str, exit: Exit) -> None:
         if jail_id in self._running:
             self._running[jail_id].set_ended(exit)
         elif zygote := self._zygotes.pop(jail_id, None):

@@ -144,8 +144,8 @@ class Jailer:
             if daemon.wire.wants_write:
                 return
             for frame in daemon.wire.receive():
+                self._take(frame.body, frame.fds)
                 frame.close()
-                self._take(frame.body)
         except Closed:
             self._loop.unwatch(daemon.wire)  # it ends; how, its exit code will tell
             self._loop.after(_LAST_WORDS, lambda: self._break_with(daemon, "closed its socket but goes on"))
@@ -159,7 +159,7 @@ class Jailer:
             log.warning("the daemon %s, and is killed", why)
             os.kill(daemon.pid, signal.SIGKILL)
 
-    def _take(self, body: Body) -> None:
+    def _take(self, body: Body, fds: tuple[int, ...]) -> None:
         asked = body.pop("id", None)
         if not isinstance(asked, int):
             log.warning("the daemon sent a request without an id: %.200r", body)
@@ -167,7 +167,7 @@ class Jailer:
         request_id = next(self._serials)
         self._asked[request_id] = asked
         try:
-            self._do(request_id, protocol.decode(body))
+            self._do(request_id, protocol.decode(body), fds)
         except Refused as refused:
             self._answer(request_id, {"error": refused.body()}, ())
         except OSError as error:
@@ -176,7 +176,8 @@ class Jailer:
         except Closed:
             self._answer(request_id, {"error": Refused("the jail ended just now").body()}, ())
 
-    def _do(self, request_id: int, request: protocol.Request) -> None:
+    def _do(self, request_id: int, request: protocol.Request, fds: tuple[int, ...]) -> None:
+        """The descriptors stay the caller's."""
         match request:
             case protocol.Make():
                 if self._stopping:
@@ -198,6 +199,8 @@ class Jailer:
                 | protocol.Kill()
             ):
                 self._keeper.of_jail(request_id, request)
+            case protocol.Guard() | protocol.Release():
+                self._keeper.of_file(request_id, request, fds)
             case _:
                 assert_never(request)
 

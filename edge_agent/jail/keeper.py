@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import time
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from edge_agent.jail import protocol, spawn, spawn_zygote
+from edge_agent.jail import kernel, protocol, spawn, spawn_zygote
 from edge_agent.jail.cell import Cell, Dying, Making, Running, Waiting
 from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.directories import Directories
 from edge_agent.jail.forks import Forks
+from edge_agent.jail.freezes import Freezes
 from edge_agent.jail.graves import Graves
 from edge_agent.jail.ground import Ground, ground_steps
+from edge_agent.jail.guards import Guards
 from edge_agent.jail.loop import Loop
 from edge_agent.jail.operations import carry_out
 from edge_agent.jail.protocol import Refused, Way
@@ -36,10 +36,6 @@ log = logging.getLogger(__name__)
 
 MAKE_SECONDS = 10.0
 IMPORT_SECONDS = 60.0  # of a zygote
-_FREEZE_SECONDS, _FREEZE_POLL = 5.0, 0.002
-# Processes that wait for something stop within a few switches of the processor: to look again at once, a few
-# times, is sooner done than to come back, and takes less than the making of any jail.
-_FREEZE_LOOKS, _FREEZE_PAUSE = 5, 50e-6
 _SHELL_PAUSE = 0.005  # seconds after a fork, so that a shell's making holds up no agent's first turn
 
 # How an answer is given: the request's id, the frame's body, descriptors that are given away.
@@ -69,6 +65,8 @@ class Keeper:
         self._forks = Forks(loop, cgroups, self._end)
         self._graves = Graves(cgroups, loop)
         self._shares = Shares(cgroups, loop)
+        self._guards = Guards(config, loop, tell, self._end)
+        self._freezes = Freezes(cgroups, loop)
         self._cells: dict[str, Cell] = {}
         self._shells = Shells(config, wright, cgroups, self._cells, self._watch_shell)
         self._when_empty: Callable[[], None] | None = None
@@ -94,9 +92,10 @@ class Keeper:
 
     def end_daemons_own(self) -> None:
         """The next daemon has its own zygotes, and nobody waits for the tasks any more, nor for what is still
-        being made, which the next one does not see when it looks for jails to adopt."""
+        being made, which the next one does not see when it looks for jails to adopt. Nor does anybody fill
+        what is guarded."""
         for cell in list(self._cells.values()):
-            if cell.is_daemons or isinstance(cell.phase, Making):
+            if cell.is_daemons or isinstance(cell.phase, Making) or self._guards.has(cell):
                 self._kill(cell, None)
 
     # --- requests ------------------------------------------------------------------------------------
@@ -175,9 +174,7 @@ class Keeper:
             case protocol.Attach():
                 self._attach(cell, request_id)
             case protocol.Freeze():
-                self._cgroups.freeze(cell.jail_id)
-                self._look_frozen(cell)
-                self._poll_frozen(cell, request_id, round(_FREEZE_SECONDS / _FREEZE_POLL))
+                self._freezes.freeze(cell, lambda refused: self._done(request_id, refused))
             case protocol.Thaw():
                 self._cgroups.thaw(cell.jail_id)
                 self._ok(request_id)
@@ -189,6 +186,11 @@ class Keeper:
                 raise AssertionError("handled above")
             case _:
                 assert_never(request)
+
+    def of_file(self, request_id: int, request: protocol.OfFile, fds: tuple[int, ...]) -> None:
+        """Refused, or OSError. The descriptors stay the caller's."""
+        self._guards.of_file(self._cells.get(request.jail_id), request, fds)
+        self._ok(request_id)
 
     def kill_all(self, when_empty: Callable[[], None]) -> None:
         self._when_empty = when_empty
@@ -305,7 +307,7 @@ class Keeper:
         self._loop.on_child(pid, lambda code: self._reaped(cell))
         if isinstance(cell.phase, Dying):
             cell.kill()
-        if not _exists(pid):  # it was reaped before we knew it
+        if not kernel.exists(pid):  # it was reaped before we knew it
             self._loop.forget_child(pid)
             self._reaped(cell)
             return
@@ -370,6 +372,7 @@ class Keeper:
             pass
         self._loop.unwatch(cell.supervisor)
         self._forks.forget(cell)
+        self._guards.forget(cell)
         if not isinstance(cell.phase, Dying):
             self._end(cell)
         for shell in self._shells.of(cell.jail_id):
@@ -395,29 +398,6 @@ class Keeper:
         for request_id in cell.killers:
             self._ok(request_id, **fields)
 
-    def _look_frozen(self, cell: Cell) -> None:
-        for _ in range(_FREEZE_LOOKS):
-            if self._cgroups.frozen(cell.jail_id):
-                return
-            time.sleep(_FREEZE_PAUSE)
-
-    def _poll_frozen(self, cell: Cell, request_id: int, tries: int) -> None:
-        if not isinstance(cell.phase, Running):
-            self._refuse(request_id, Refused(f"jail {cell.jail_id} ended"))
-        elif self._cgroups.frozen(cell.jail_id):
-            self._ok(request_id)
-        elif tries == 0:
-            self._cgroups.thaw(cell.jail_id)
-            self._refuse(
-                request_id,
-                Refused(
-                    f"the processes of jail {cell.jail_id} did not stop in {_FREEZE_SECONDS:g} s",
-                    "they may wait for a disk; it was thawed again",
-                ),
-            )
-        else:
-            self._loop.after(_FREEZE_POLL, lambda: self._poll_frozen(cell, request_id, tries - 1))
-
     def _check_empty(self) -> None:
         if self._when_empty is not None and not self._cells and self._graves.empty:
             self._when_empty()
@@ -433,11 +413,3 @@ class Keeper:
 
     def _refuse(self, request_id: int, refused: Refused) -> None:
         self._answer(request_id, {"error": refused.body()}, ())
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -50,6 +50,12 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _CAP_VERSION_3 = 0x20080522
+_FAN_CLOEXEC, _FAN_NONBLOCK, _FAN_CLASS_CONTENT, _FAN_UNLIMITED_QUEUE = 0x01, 0x02, 0x04, 0x10
+_FAN_MARK_ADD, _FAN_MARK_REMOVE, _FAN_OPEN_PERM = 0x01, 0x02, 0x10000
+_FAN_EVENT = struct.Struct("=IBBHQii")  # length, version, reserved, length of the header, mask, fd, pid
+_FAN_RESPONSE = struct.Struct("=iI")
+_FAN_ALLOW = 1
+_FAN_READ = 4096
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -113,6 +119,15 @@ def clone(flags: int, into_cgroup: int | None = None) -> int:
         args.cgroup = into_cgroup
     number, pointer, size = ctypes.c_long(_SYS_CLONE3), ctypes.byref(args), ctypes.c_long(ctypes.sizeof(args))
     return _checked(_libc_with_gil.syscall(number, pointer, size))
+
+
+def exists(pid: int) -> bool:
+    """Running, or a zombie that nobody has waited for."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def unshare(flags: int) -> None:
@@ -197,6 +212,40 @@ def quotactl(directory: int, command: int, uid: int, data: bytearray) -> None:
     """quotactl_fd: about the file system of `directory`. `data` is read or written, as `command` says."""
     buffer = (ctypes.c_char * len(data)).from_buffer(data)
     _syscall(_SYS_QUOTACTL_FD, directory, command, uid, ctypes.byref(buffer))
+
+
+def watch_opens() -> int:
+    """A fanotify group: whoever opens a file that is marked in it waits until that is allowed, or until the
+    group is closed."""
+    flags = _FAN_CLOEXEC | _FAN_NONBLOCK | _FAN_CLASS_CONTENT | _FAN_UNLIMITED_QUEUE
+    return _checked(_libc.fanotify_init(ctypes.c_uint(flags), ctypes.c_uint(os.O_RDONLY | os.O_CLOEXEC)))
+
+
+def mark_file(group: int, fd: int, marked: bool) -> None:
+    """Marks the file that `fd` has open, whatever it is called, or takes its mark away."""
+    flags = ctypes.c_uint(_FAN_MARK_ADD if marked else _FAN_MARK_REMOVE)
+    path = f"/proc/self/fd/{fd}".encode()
+    _checked(_libc.fanotify_mark(group, flags, ctypes.c_uint64(_FAN_OPEN_PERM), _AT_FDCWD, path))
+
+
+def waiting_opens(group: int) -> list[tuple[int, int]]:
+    """Those that have come to wait: a descriptor of the file, which is the caller's, and the process's id.
+    Descriptor -1: the kernel could not open it for us."""
+    try:
+        data = os.read(group, _FAN_READ)
+    except BlockingIOError:
+        return []
+    found = []
+    while data:
+        length, _, _, _, _, fd, pid = _FAN_EVENT.unpack_from(data)
+        found.append((fd, pid))
+        data = data[length:]
+    return found
+
+
+def allow_open(group: int, fd: int) -> None:
+    """`fd` as `waiting_opens` gave it; it stays the caller's."""
+    os.write(group, _FAN_RESPONSE.pack(fd, _FAN_ALLOW))
 
 
 def mount(kind: str, target: str, flags: int, options: str = "") -> None:

@@ -12,12 +12,20 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-
-from edge_agent.jail.wire import Wire
+from typing import Protocol
 
 log = logging.getLogger(__name__)
 
 Callback = Callable[[], None]
+
+
+class Watched(Protocol):
+    """A `Wire`, or what is read in the same way."""
+
+    @property
+    def wants_write(self) -> bool: ...
+
+    def fileno(self) -> int: ...
 
 
 class Timer:
@@ -41,25 +49,25 @@ class Loop:
         self._order = itertools.count()
         self._signals: dict[int, Callback] = {}
         self._children: dict[int, Callable[[int], None]] = {}
-        self._watched: dict[Wire, Callback] = {}
+        self._watched: dict[Watched, Callback] = {}
         self._stopped = False
 
-    def watch(self, wire: Wire, callback: Callback) -> None:
-        """Calls back when `wire` can be read, or, while it has something queued, written."""
-        self._watched[wire] = callback
-        self._selector.register(wire, selectors.EVENT_READ, wire)
-        self.refresh(wire)
+    def watch(self, watched: Watched, callback: Callback) -> None:
+        """Calls back when `watched` can be read, or, while it has something queued, written."""
+        self._watched[watched] = callback
+        self._selector.register(watched, selectors.EVENT_READ, watched)
+        self.refresh(watched)
 
-    def unwatch(self, wire: Wire) -> None:
-        """Before `wire` is closed. Not being watched is fine."""
-        if self._watched.pop(wire, None) is not None:
-            self._selector.unregister(wire)
+    def unwatch(self, watched: Watched) -> None:
+        """Before it is closed. Not being watched is fine."""
+        if self._watched.pop(watched, None) is not None:
+            self._selector.unregister(watched)
 
-    def refresh(self, wire: Wire) -> None:
-        """After `wire` was sent to: a peer that does not read is not read from either."""
-        if wire in self._watched:
-            events = selectors.EVENT_WRITE if wire.wants_write else selectors.EVENT_READ
-            self._selector.modify(wire, events, wire)
+    def refresh(self, watched: Watched) -> None:
+        """After it was sent to: a peer that does not read is not read from either."""
+        if watched in self._watched:
+            events = selectors.EVENT_WRITE if watched.wants_write else selectors.EVENT_READ
+            self._selector.modify(watched, events, watched)
 
     def after(self, seconds: float, callback: Callback) -> Timer:
         timer = Timer(callback)

@@ -4,6 +4,7 @@
     jailer -> daemon  {"id": n, "ok": {...}}                     descriptors beside it where said below
                       {"id": n, "error": {"message", "hint"}}
                       {"event": "exited", "jail_id", ...the Ended's fields}
+                      {"event": "opening", "jail_id", "inode"}     see `Guard`
 
 A jail's init is asked in the same way, over a socket of its own (`edge_agent.jail.init`). The jailer trusts
 the daemon in nothing: `decode` is the only way in, and it checks names, types and ranges. Stdlib only, for
@@ -180,6 +181,24 @@ class Resize:
 
 
 @dataclass(frozen=True, slots=True)
+class Guard:
+    """With a descriptor of a file of the jail's. Once answered, whoever opens that file in the jail waits
+    until `Release`, and "opening" is told with its inode. A jail with a file that was not released ends with
+    the daemon."""
+
+    do: ClassVar[str] = "guard"
+    jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """With a descriptor of a file that is guarded: those who wait for it go on."""
+
+    do: ClassVar[str] = "release"
+    jail_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """Answered with the fields of its Ended when nothing of it is left but its directory."""
 
@@ -204,10 +223,14 @@ class Discard:
 
 
 OfJail = Attach | Fork | Freeze | Thaw | Measure | Resize | Kill
-Request = Make | List | OfJail | Directories | Discard
+OfFile = Guard | Release
+Request = Make | List | OfJail | OfFile | Directories | Discard
 _KINDS: dict[str, type[Any]] = {
     kind.do: kind
-    for kind in (Make, List, Attach, Fork, Freeze, Thaw, Measure, Resize, Kill, Directories, Discard)
+    for kind in (
+        *(Make, List, Attach, Fork, Freeze, Thaw, Measure, Resize, Kill, Guard, Release),
+        *(Directories, Discard),
+    )
 }
 
 

@@ -123,6 +123,8 @@ class Wire:
             for frame in frames:
                 frame.close()
             raise
+        if self._in_fds and not self._in:
+            raise Garbage("descriptors that no frame names")
         return frames
 
     def _frames(self) -> Iterable[Frame]:

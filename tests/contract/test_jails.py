@@ -20,9 +20,9 @@ from shared.resources import Resources
 from tests.support.fake_jails import AgentExit, FakeAgent, FakeJails, FakeTask
 from tests.support.jailer import LIMITS, needs_root, python, running_jailer, spec
 
-# An agent that does what it is told: "echo TEXT", "write NAME" (in /state), "exit CODE", "last WORDS" (sends
-# them and exits with 0 at once), "dial PORT TEXT" (says TEXT to who listens there, and passes on the answer),
-# "serve PORT" (listens there, and says to who comes what they said).
+# An agent that does what it is told: "echo TEXT", "write NAME" (in /state), "read NAME" (there), "exit CODE",
+# "last WORDS" (sends them and exits with 0 at once), "dial PORT TEXT" (says TEXT to who listens there, and
+# passes on the answer), "serve PORT" (listens there, and says to who comes what they said).
 OBEDIENT = """
 import threading
 def serve(listening):
@@ -33,6 +33,7 @@ while True:
     word, _, rest = recv().decode().partition(" ")
     if word == "echo": send(rest.encode())
     if word == "write": open("/state/" + rest, "w").write(rest); send(b"written")
+    if word == "read": send(open("/state/" + rest, "rb").read())
     if word == "exit": raise SystemExit(int(rest))
     if word == "last": send(rest.encode()); raise SystemExit(0)
     if word == "dial":
@@ -56,6 +57,8 @@ async def obedient(agent: FakeAgent) -> None:
             case "write":
                 (agent.state / rest).write_text(rest)
                 await agent.send(b"written")
+            case "read":
+                await agent.send(await agent.read(rest))
             case "exit":
                 raise AgentExit(int(rest))
             case "last":
@@ -177,6 +180,56 @@ async def test_the_state_is_shared_with_its_files_and_outlives_the_jail(world: W
     assert [e.path for e in await again.files.scan()] == ["diary"]
     other = await world.jails.make(world.spec("b"))
     assert await other.files.scan() == []
+
+
+@asynccontextmanager
+async def _waiting_for_a_guarded_file(world: World) -> AsyncIterator[tuple[Jail, int]]:
+    """A jail whose agent reads the file "large", with a descriptor to fill it."""
+    jail = await world.started("a")
+    fd = await jail.files.open_write("large")
+    opening = asyncio.Event()
+    await jail.guard(fd, opening.set)
+    await jail.files.commit_write(Entry("large", Kind.FILE, 0o600))
+    await jail.send(b"read large")
+    async with asyncio.timeout(10):
+        await opening.wait()
+    yield jail, fd
+    os.close(fd)
+
+
+async def test_who_opens_a_guarded_file_waits_until_it_is_released(world: World) -> None:
+    async with _waiting_for_a_guarded_file(world) as (jail, fd):
+        reading = asyncio.create_task(jail.receive())
+        await asyncio.sleep(0.05)
+        assert not reading.done()
+        os.write(fd, b"all of it")
+        await jail.release(fd)
+        async with asyncio.timeout(10):
+            assert await reading == b"all of it"
+        assert await _ask(jail, "read large") == b"all of it"
+
+
+async def test_the_daemon_reads_a_guarded_file_without_waiting(world: World) -> None:
+    async with _waiting_for_a_guarded_file(world) as (jail, fd):
+        os.write(fd, b"half")
+        async with asyncio.timeout(10):
+            reading = await jail.files.open_read("large")
+        assert os.read(reading, 10) == b"half"
+        os.close(reading)
+
+
+async def test_an_agent_that_waits_for_a_guarded_file_can_be_frozen_and_thawed(world: World) -> None:
+    async with _waiting_for_a_guarded_file(world) as (jail, fd):
+        async with asyncio.timeout(10):
+            await jail.freeze()
+            await jail.release(fd)
+            await jail.thaw()
+            assert await jail.receive() == b""
+
+
+async def test_an_agent_that_waits_for_a_guarded_file_can_be_killed(world: World) -> None:
+    async with _waiting_for_a_guarded_file(world) as (jail, _), asyncio.timeout(10):
+        await jail.kill()
 
 
 async def test_the_exit_is_told_to_whoever_waits_and_to_whoever_asks_later(world: World) -> None:

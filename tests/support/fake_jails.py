@@ -54,7 +54,16 @@ class FakeAgent:
         self.from_agent: asyncio.Queue[bytes] = asyncio.Queue()
         self.thawed = asyncio.Event()
         self.thawed.set()
+        self.guarded: dict[int, tuple[Callable[[], None], asyncio.Event]] = {}  # by inode
         self.ports: dict[int, socket.socket] = {}  # who listens inside: sockets at free ports of the host
+
+    async def read(self, name: str) -> bytes:
+        """A file of its state, once it may be opened."""
+        if guard := self.guarded.get((self.state / name).stat().st_ino):
+            opening, released = guard
+            opening()
+            await released.wait()
+        return (self.state / name).read_bytes()
 
     def listen(self, port: int) -> socket.socket:
         """At 127.0.0.1:port inside. OSError if it is taken."""
@@ -166,6 +175,15 @@ class FakeJail:
         if limits.memory_bytes < (await self.usage()).memory_bytes:
             raise RoostError(Reason.JAIL_FAILED, "it uses more memory than that", "choose more")
         self.limits = limits
+
+    async def guard(self, fd: int, opening: Callable[[], None]) -> None:
+        self._check()
+        self._agent.guarded[os.fstat(fd).st_ino] = opening, asyncio.Event()
+
+    async def release(self, fd: int) -> None:
+        self._check()
+        if guard := self._agent.guarded.pop(os.fstat(fd).st_ino, None):
+            guard[1].set()
 
     async def kill(self) -> Exit:
         self.end(Exit(-signal.SIGKILL, out_of_memory=False))
