@@ -418,13 +418,18 @@ class Instance:
         return refusals.not_owner(self._parts.node, self.key, self._evicted) if self._evicted else None
 
     def _setback(self) -> RoostError | None:
-        return refusals.built_on(self._behind.failure) if self._behind.failure else None
+        """Why its process was ended, if it was for what other turns or its files did not become."""
+        if self._behind.failure:
+            return refusals.built_on(self._behind.failure)
+        return self._process.filler.failure
 
     def _told_instead(self, error: RoostError) -> RoostError | None:
         if error.reason is Reason.TURN_CANCELLED:
             return None
         if told := self._eviction() or self._setback():
             return told
+        if self._process.filler.told_instead(error) is not error:
+            return self._process.filler.told_instead(error)
         # A node that stood still sees deadlines pass that were nobody's fault: it must not judge by them.
         if self._parts.tenure.trusted(self._parts.clock()):
             return None

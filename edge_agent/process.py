@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from edge_agent.control import Agent, CommittedState
+from edge_agent.filler import Filler
 from edge_agent.freezer import Freezer
 from edge_agent.jail.api import Jail, JailGone
 from edge_agent.packages import Tell
@@ -54,6 +55,7 @@ class Process:
         self.jail_id = jail_id  # where its files are, or will be
         self.jail: Jail | None = None  # also on the way to being started
         self.freezer = Freezer()
+        self.filler = Filler(key)
         self._key = key
         self._epoch = epoch
         self._parts = parts
@@ -119,7 +121,10 @@ class Process:
             if isinstance(way, Parked) and committed.version == 0:
                 index = parts.state.nothing()
             else:
-                index = await parts.state.beside(committed.inline).restore(jail.files, manifest, lay)
+                guard = jail if self.filler.may else None
+                state = parts.state.beside(committed.inline)
+                index, filling = await state.restore(jail.files, manifest, lay, guard)
+                self.filler.begin(filling, jail)
             failpoint("node.start.restored")
             self._touched = False
             await self.record(committed.agent, manifest, committed.root, index)
@@ -130,17 +135,19 @@ class Process:
             if not isinstance(way, Parked):
                 await jail.start()
                 await speaker_of(run).ready(jail, run.start_timeout)
-        except BaseException:
+        except BaseException as error:
             self.jail = None
             self.freezer.detach()
             parts.egress.close(jail.jail_id)
+            told = self.filler.told_instead(error) if isinstance(error, RoostError) else error
             await jail.kill()
+            await self.filler.end()
             if isinstance(way, Parked):
                 self.jail_id = own_id
                 parts.records.delete(jail.jail_id)
                 with suppress(RoostError):  # then the next start of the node removes it
                     await parts.jails.discard(jail.jail_id)
-            raise
+            raise told from error.__cause__
         return index
 
     async def _make(self, committed: CommittedState, packages: str, way: Way) -> Jail:
@@ -172,19 +179,33 @@ class Process:
 
     async def capture(self, live: Live) -> Snapshot:
         """Its files as they are now. JailGone if it has ended."""
-        async with self.freezer.frozen("capture"):
+        while True:
+            await self.filler.served()
+            try:
+                captured = await self._capture(live)
+            except RoostError as error:
+                if (
+                    error.reason is not Reason.JAIL_FAILED
+                    or not self.filler.waited_for
+                    or self.filler.failure
+                ):
+                    raise
+                continue  # somebody opened another file just then, and so did not stop
+            self._touched = False
+            return captured
+
+    async def _capture(self, live: Live) -> Snapshot:
+        async with self.freezer.frozen("capture"), self.filler.quiet() as filling:
             most = live.agent.policy.disk.state_bytes
-            captured = await self._parts.state.capture(live.jail.files, live.index, most)
-        self._touched = False
-        return captured
+            return await self._parts.state.capture(live.jail.files, live.index, most, filling)
 
     async def record(self, agent: Agent, manifest: StateManifest, root: str, index: Index) -> None:
-        """Writes down that its files are just this committed version; or were, if a turn has begun since."""
+        """Writes down that its files are just this committed version; or not, if a turn has begun since or
+        some are not there yet."""
         text = index.to_json() if len(index.files) < _FEW_FILES else await asyncio.to_thread(index.to_json)
+        busy = self._touched or self.filler.unfinished
         self._parts.records.put(
-            NodeRecord(
-                self.jail_id, self._key, self._epoch, manifest.version, root, agent, self._touched, text
-            )
+            NodeRecord(self.jail_id, self._key, self._epoch, manifest.version, root, agent, busy, text)
         )
 
     async def resize(self, need: Resources) -> bool:
@@ -230,6 +251,7 @@ class Process:
                 self.freezer.detach()
                 self._parts.egress.close(self.jail_id)
                 await jail.kill()
+                await self.filler.end()
         finally:
             self._parts.reservations.release(self._key, self._epoch)
 

@@ -61,7 +61,10 @@ class FileServer:
             case "open_write":
                 yield {"ok": {}}, (tree.open_write(request["path"]),)
             case "commit_write":
-                entry = tree.commit_write(entries.from_list(request["entry"]))
+                entry = tree.commit_write(entries.from_list(request["entry"]), request["more"])
+                yield _ok(entry=entries.to_list(entry))
+            case "written":
+                entry = tree.written(request["path"], request["mtime_ns"], request["more"])
                 yield _ok(entry=entries.to_list(entry))
             case "make_dir":
                 tree.make_dir(entries.from_list(request["entry"]))

@@ -40,9 +40,11 @@ class RemoteFiles:
     async def open_write(self, path: str) -> int:
         return _only(await self._call({"do": "open_write", "path": path}))
 
-    async def commit_write(self, entry: Entry) -> Entry:
-        answer = await self._call({"do": "commit_write", "entry": entries.to_list(entry)})
-        return entries.from_list(answer.values["entry"])
+    async def commit_write(self, entry: Entry, more: bool = False) -> Entry:
+        return _entry(await self._call({"do": "commit_write", "entry": entries.to_list(entry), "more": more}))
+
+    async def written(self, path: str, mtime_ns: int, more: bool) -> Entry:
+        return _entry(await self._call({"do": "written", "path": path, "mtime_ns": mtime_ns, "more": more}))
 
     async def make_dir(self, entry: Entry) -> None:
         await self._call({"do": "make_dir", "entry": entries.to_list(entry)})
@@ -74,6 +76,10 @@ class RemoteFiles:
 
 def _entries(answer: Answer) -> list[Entry]:
     return [entries.from_list(values) for page in answer.parts for values in page]
+
+
+def _entry(answer: Answer) -> Entry:
+    return entries.from_list(answer.values["entry"])
 
 
 def _only(answer: Answer) -> int:

@@ -15,6 +15,7 @@ from edge_agent.state.blobs import Blobs
 from edge_agent.state.chunks import ChunkStore
 from edge_agent.state.local_files import LocalFiles
 from edge_agent.state.restore import restore
+from edge_agent.state.source import Source
 from shared.errors import Reason, RoostError
 from shared.manifest import DirNode, FileNode, Node, decode_tree
 
@@ -81,7 +82,7 @@ class BundleStore:
                 nodes = _readable(await decode_tree(root, self._fetch))
                 half_made.mkdir(mode=0o755)
                 with LocalFiles(half_made) as files:
-                    await restore(files, nodes, None, self._chunks, self._blobs)
+                    await restore(files, nodes, None, Source(self._chunks, self._blobs))
                 half_made.chmod(0o755)  # whatever the umask
                 # A rename may survive a power cut that the bytes don't. Deploys are rare: sync everything.
                 await asyncio.to_thread(os.sync)

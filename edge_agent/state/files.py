@@ -60,9 +60,15 @@ class Files(Protocol):
         """A descriptor of a new, empty, unnamed-until-committed file destined for `path` (caller closes)."""
         ...
 
-    async def commit_write(self, entry: Entry) -> Entry:
+    async def commit_write(self, entry: Entry, more: bool = False) -> Entry:
         """Puts the file opened by `open_write(entry.path)` in place, replacing what is there, with
-        `entry.mode` and `entry.mtime_ns`; returns what a scan would now say of it."""
+        `entry.mode` and `entry.mtime_ns`; returns what a scan would now say of it. `more` is to be written to
+        it there: `written` follows."""
+        ...
+
+    async def written(self, path: str, mtime_ns: int, more: bool) -> Entry:
+        """After something was written to a file that was put at `path`, whatever it is called by now: sets
+        its time; returns what a scan would say of it, if it is still at `path`."""
         ...
 
     async def make_dir(self, entry: Entry) -> None:

@@ -38,6 +38,12 @@ class Known:
     def of(cls, entry: Entry, chunks: tuple[str, ...], racy: bool) -> Known:
         return cls(entry.size, entry.mtime_ns, entry.ctime_ns, entry.inode, chunks, racy)
 
+    @classmethod
+    def of_untouched(cls, entry: Entry, chunks: tuple[str, ...]) -> Known:
+        """Of a file that nobody but us has had open. The first write that could be missed sets the mtime to
+        its own time, which can only be the one that we have just set if that was now."""
+        return cls.of(entry, chunks, racy=entry.mtime_ns > entry.ctime_ns - SETTLED_NS)
+
 
 @dataclass(frozen=True, slots=True)
 class Index:

@@ -52,9 +52,13 @@ class LocalFiles:
         with self._translated():
             return self._tree.open_write(path)
 
-    async def commit_write(self, entry: Entry) -> Entry:
+    async def commit_write(self, entry: Entry, more: bool = False) -> Entry:
         with self._translated():
-            return self._tree.commit_write(entry)
+            return self._tree.commit_write(entry, more)
+
+    async def written(self, path: str, mtime_ns: int, more: bool) -> Entry:
+        with self._translated():
+            return self._tree.written(path, mtime_ns, more)
 
     async def make_dir(self, entry: Entry) -> None:
         with self._translated():

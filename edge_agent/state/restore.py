@@ -6,27 +6,20 @@ must not be used, and nothing has been reported as restored. It may be cut off a
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from edge_agent.state.blobs import Blobs
-from edge_agent.state.chunks import ChunkStore
 from edge_agent.state.files import Entry, Files, Kind
-from edge_agent.state.index import SETTLED_NS, Index, Known, boot_id
+from edge_agent.state.filling import Filling, choose
+from edge_agent.state.index import Index, Known, boot_id
+from edge_agent.state.source import Source, incomplete
 from edge_agent.state.threads import each_of, in_thread
-from shared.content import Blob
 from shared.errors import Reason, RoostError
-from shared.manifest import DirNode, FileNode, LinkNode, Node, blobs_of
+from shared.manifest import DirNode, FileNode, LinkNode, Node
 
-_FETCHED_AT_ONCE = 32  # chunks in one request
-_FETCHES = 3  # requests at a time; their chunks are in memory
 _WRITES = 8  # files at a time
-_HELD = 16 << 20  # plain bytes in memory of what was fetched; the rest goes through the node's copies
-_KEEP_SECONDS = 0.5
 
 _OPEN = 0o700  # what a directory's owner needs to fill and to empty it
 
@@ -89,19 +82,25 @@ def plan(there: Sequence[Entry], target: Sequence[Node], index: Index | None) ->
 
 
 async def restore(
-    files: Files, target: Sequence[Node], index: Index | None, chunks: ChunkStore, blobs: Blobs
+    files: Files,
+    target: Sequence[Node],
+    index: Index | None,
+    source: Source,
+    later: Filling | None = None,
 ) -> Index:
-    """Carries out the plan; chunks that are not on this node's disk come from `blobs`.
+    """Carries out the plan. With `later`, of what is large only placeholders are put there, for it to fill.
 
     Returns the index of the tree. RESTORE_INCOMPLETE names what can't be had; BLOBS_UNAVAILABLE means that
     trying again may help; STATE_TOO_LARGE that what lies there is too much to look through: begin with an
     empty directory.
     """
     steps = plan(await files.scan(), target, index)
-    source = _Source(chunks, blobs)
+    deferred = choose(steps.write) if later else []
+    paths = {node.path for node in deferred}
+    write_now = [node for node in steps.write if node.path not in paths]
     try:
         # First all that may fail for want of the network: the tree is then still what it was.
-        await source.fetch_all(steps.write)
+        await source.fetch_all(write_now)
         for entry in steps.unlock:
             await files.make_dir(entry)
         for path in steps.remove:
@@ -114,12 +113,12 @@ async def restore(
 
         async def write(node: FileNode) -> None:
             made = await _write(files, node, source)
-            # Nothing runs in the tree yet. The first write that could be missed sets the mtime to its own
-            # time, which can only be the one just set if that was now.
-            racy = made.mtime_ns > made.ctime_ns - SETTLED_NS
-            known[node.path] = Known.of(made, node.chunks, racy)
+            known[node.path] = Known.of_untouched(made, node.chunks)
 
-        await each_of(steps.write, _WRITES, write)
+        await each_of(write_now, _WRITES, write)
+        for node in deferred:
+            assert later is not None
+            known[node.path] = await later.place(node)
         for link in steps.links:
             await files.make_link(Entry(link.path, Kind.LINK, 0o777, target=link.target))
         for entry in steps.lock:
@@ -164,63 +163,7 @@ def _is_right(entry: Entry, node: FileNode, index: Index | None) -> bool:
     return index.knows(entry) == node.chunks
 
 
-class _Source:
-    """Where the chunks come from: what was just fetched, as far as it is held in memory, the node's copies,
-    and the blob store."""
-
-    def __init__(self, chunks: ChunkStore, blobs: Blobs) -> None:
-        self._chunks = chunks
-        self._blobs = blobs
-        self._held: dict[str, Blob] = {}
-        self._left = _HELD
-
-    def get(self, hash: str) -> Blob | None:
-        return self._held.get(hash) or self._chunks.get(hash)
-
-    async def fetch_all(self, nodes: Sequence[FileNode]) -> None:
-        absent = await asyncio.to_thread(self._chunks.missing, blobs_of(nodes))
-        wanted: dict[str, FileNode] = {}
-        for node in nodes:
-            wanted |= {hash: node for hash in node.chunks if hash in absent}
-        hashes = list(wanted)
-        groups = [hashes[at : at + _FETCHED_AT_ONCE] for at in range(0, len(hashes), _FETCHED_AT_ONCE)]
-        await each_of(groups, _FETCHES, lambda some: self.fetch(wanted, some))
-
-    async def fetch(self, wanted: Mapping[str, FileNode], hashes: Sequence[str]) -> dict[str, Blob]:
-        """`wanted` by which file; RESTORE_INCOMPLETE names one."""
-        try:
-            found = await self._blobs.get(hashes)
-        except RoostError as error:
-            if error.reason in (Reason.BLOB_MISSING, Reason.BLOB_CORRUPT):
-                blamed = next((hash for hash in hashes if hash[:12] in error.message), hashes[0])
-                raise _incomplete(wanted[blamed], error.message) from error
-            raise
-        self._left -= sum(len(blob.plain) for blob in found.values())
-        if self._left >= 0:
-            self._held |= found
-        else:
-            await asyncio.to_thread(_put_all, self._chunks, found.values())
-        return found
-
-    def keep_soon(self) -> None:
-        """What is held becomes copies of this node, when who waits for the instance has been served."""
-        held = list(self._held.values())
-
-        def keep() -> None:
-            with suppress(OSError):  # they are only copies
-                _put_all(self._chunks, held)
-
-        if held:
-            loop = asyncio.get_running_loop()
-            loop.call_later(_KEEP_SECONDS, lambda: loop.run_in_executor(None, keep))
-
-
-def _put_all(chunks: ChunkStore, blobs: Iterable[Blob]) -> None:
-    for blob in blobs:
-        chunks.put(blob)
-
-
-async def _write(files: Files, node: FileNode, source: _Source) -> Entry:
+async def _write(files: Files, node: FileNode, source: Source) -> Entry:
     fd = await files.open_write(node.path)
     try:
         size, done = await in_thread(_copy, source, node.chunks, fd)
@@ -228,13 +171,13 @@ async def _write(files: Files, node: FileNode, source: _Source) -> Entry:
             blob = source.get(hash) or (await source.fetch({hash: node}, [hash]))[hash]
             size += _write_all(fd, blob.plain)
         if size != node.size:
-            raise _incomplete(node, f"its chunks make {size} bytes, not {node.size}")
+            raise incomplete(node, f"its chunks make {size} bytes, not {node.size}")
     finally:
         os.close(fd)
     return await files.commit_write(Entry(node.path, Kind.FILE, node.mode, mtime_ns=node.mtime_ns))
 
 
-def _copy(source: _Source, hashes: Sequence[str], fd: int) -> tuple[int, int]:
+def _copy(source: Source, hashes: Sequence[str], fd: int) -> tuple[int, int]:
     """Bytes and chunks that were written, up to the first that is not there as it should be."""
     size = 0
     for done, hash in enumerate(hashes):
@@ -250,11 +193,3 @@ def _write_all(fd: int, data: bytes) -> int:
     while view:
         view = view[os.write(fd, view) :]
     return len(data)
-
-
-def _incomplete(node: FileNode, why: str) -> RoostError:
-    return RoostError(
-        Reason.RESTORE_INCOMPLETE,
-        f"{node.path!r} can't be restored: {why}",
-        "the instance is not started with less than it had; bring back the blob, then try again",
-    )

@@ -18,6 +18,7 @@ from typing import assert_never
 from edge_agent.state.blobs import Blobs
 from edge_agent.state.chunks import ChunkStore
 from edge_agent.state.files import MAX_STATE, Entry, Files, Kind
+from edge_agent.state.filling import Filling
 from edge_agent.state.index import SETTLED_NS, Index, Known, boot_id
 from edge_agent.state.threads import in_thread
 from edge_agent.state.tree import write_back
@@ -86,18 +87,28 @@ async def capture(
     chunks: ChunkStore,
     now_ns: Callable[[], int] = time.time_ns,
     most_bytes: int = MAX_STATE,
+    filling: Filling | None = None,
 ) -> Snapshot:
     """Reads the tree, which nothing may change meanwhile: the caller has frozen the jail.
 
     Only files that do not look as `previous` says are read. STATE_TOO_LARGE for more than `most_bytes`, or
     JAIL_FAILED if the tree did change or the node's disk fails. `now_ns` is the clock that the kernel stamps
-    files by.
+    files by. `filling` knows what it has put there; it does nothing meanwhile.
     """
     began_ns = now_ns()
     since_ns = max((file.ctime_ns for file in previous.files.values()), default=0) if previous else began_ns
+    if filling is not None:
+        since_ns = max(since_ns, filling.filled_ns)
     entries, opened = await files.changed(since_ns)
+
+    def known(entry: Entry) -> Known | None:
+        if filling is not None and (known := filling.known(entry)):
+            return known
+        content = previous.knows(entry) if previous else None
+        return None if content is None else Known.of(entry, content, racy=False)
+
     try:
-        return await _capture(files, entries, opened, previous, chunks, began_ns, most_bytes)
+        return await _capture(files, entries, opened, previous, known, chunks, began_ns, most_bytes)
     finally:
         for fd in opened.values():
             os.close(fd)
@@ -108,6 +119,7 @@ async def _capture(
     entries: Sequence[Entry],
     opened: dict[str, int],
     previous: Index | None,
+    known_as: Callable[[Entry], Known | None],
     chunks: ChunkStore,
     began_ns: int,
     most_bytes: int,
@@ -124,11 +136,10 @@ async def _capture(
     changed: list[Entry] = []
     for entry in entries:
         if entry.kind is Kind.FILE:
-            content = previous.knows(entry) if previous else None
-            if content is None:
-                changed.append(entry)
+            if as_before := known_as(entry):
+                known[entry.path] = as_before
             else:
-                known[entry.path] = Known.of(entry, content, racy=False)
+                changed.append(entry)
     fresh = _Fresh(chunks)
     for start in range(0, len(changed), _OPEN_AT_ONCE):
         some = changed[start : start + _OPEN_AT_ONCE]

@@ -7,9 +7,10 @@ that the manifest names is durable, so its root may be published; so it may be t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc.aio
@@ -18,15 +19,19 @@ from edge_agent.state.blobs import Blobs, GrpcBlobs, Nearby
 from edge_agent.state.bundles import BundleStore
 from edge_agent.state.chunks import SIZE, ChunkStore
 from edge_agent.state.files import MAX_STATE, Files
+from edge_agent.state.filling import Filling, Guard, Lanes
 from edge_agent.state.index import Index, boot_id
 from edge_agent.state.peers import near
 from edge_agent.state.restore import restore
 from edge_agent.state.snapshot import Snapshot, capture, new_blobs, upload
+from edge_agent.state.source import Source
 from shared import inline
 from shared.content import Blob
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
 from shared.manifest import Encoded, FileNode, StateManifest, blobs_of, decode, encode
+
+log = logging.getLogger(__name__)
 
 _CHANNEL_SECONDS = 2.0
 _FEW_FILES = 200
@@ -62,6 +67,7 @@ class StateStore:
     blobs: Blobs
     bundles: BundleStore
     copies: ChunkStore | None = None  # of other nodes' chunks
+    lanes: Lanes = field(default_factory=Lanes)
 
     @classmethod
     def at(cls, data_dir: Path, blobs: Blobs, chunk_cache: int = SIZE) -> StateStore:
@@ -83,10 +89,16 @@ class StateStore:
             raise _incomplete(key, version, f"its manifest is version {manifest.version} of {manifest.key}")
         return manifest
 
-    async def capture(self, files: Files, previous: Index | None, most_bytes: int = MAX_STATE) -> Snapshot:
+    async def capture(
+        self,
+        files: Files,
+        previous: Index | None,
+        most_bytes: int = MAX_STATE,
+        filling: Filling | None = None,
+    ) -> Snapshot:
         """To be called while nothing can change the files. STATE_TOO_LARGE for more than `most_bytes`."""
         with _disk():
-            return await capture(files, previous, self.chunks, most_bytes=most_bytes)
+            return await capture(files, previous, self.chunks, most_bytes=most_bytes, filling=filling)
 
     async def encode(self, manifest: StateManifest) -> Encoded:
         if len(manifest.nodes) < _FEW_FILES:  # sooner done than a thread would begin
@@ -137,9 +149,25 @@ class StateStore:
         """The index of an empty directory: what `restore` of a version 0 into one gives."""
         return Index(boot_id(), uploaded=True)
 
-    async def restore(self, files: Files, manifest: StateManifest, index: Index | None) -> Index:
+    async def restore(
+        self, files: Files, manifest: StateManifest, index: Index | None, guard: Guard | None = None
+    ) -> tuple[Index, Filling | None]:
+        """Puts the files back. With `guard` those that are large may be placeholders: then what fills them
+        comes too, for the caller to run and close."""
+        source = Source(self.chunks, near(self.blobs, manifest.key))
         with _disk():
-            return await restore(files, manifest.nodes, index, self.chunks, near(self.blobs, manifest.key))
+            if guard is not None:
+                filling = Filling(files, guard, source, self.lanes)
+                try:
+                    index = await restore(files, manifest.nodes, index, source, filling)
+                except BaseException as error:
+                    await filling.abandon()
+                    if not isinstance(error, RoostError) or error.reason is not Reason.JAIL_FAILED:
+                        raise
+                    log.info("%s: nothing can come later: %s", manifest.key, error.message)
+                else:
+                    return index, filling if filling.unfinished else None
+            return await restore(files, manifest.nodes, index, source), None
 
     async def tidy(self) -> None:
         """One pass: the node's copies of chunks take no more of its disk than they may."""

@@ -57,15 +57,18 @@ class Tree:
         self._root = root_fd
         self._owner = owner
         self._pending: dict[str, _Pending] = {}
+        self._more: dict[str, int] = {}  # our own descriptors of files in place, by their first path
 
     def close(self) -> None:
         """Drops unfinished writes."""
-        for path in list(self._pending):
-            self._drop_pending(path)
+        self._drop_all_pending()
+        for fd in self._more.values():
+            os.close(fd)
+        self._more.clear()
 
     def scan(self) -> list[Entry]:
         """As in `Files`. Unfinished writes, of this Tree or of one that crashed, are removed."""
-        self.close()
+        self._drop_all_pending()
         fd = os.open(".", _DIRECTORY, dir_fd=self._root)
         entries = _Scan().directory(fd, "", 1)
         entries.sort(key=lambda entry: entry.path)
@@ -137,7 +140,7 @@ class Tree:
                 raise
         return fd
 
-    def commit_write(self, entry: Entry) -> Entry:
+    def commit_write(self, entry: Entry, more: bool = False) -> Entry:
         pending = self._pending.get(entry.path)
         if pending is None:
             raise ValueError(f"{entry.path!r} was not opened for writing")
@@ -147,9 +150,23 @@ class Tree:
             os.fchmod(pending.fd, entry.mode & 0o777)
             os.utime(pending.fd, ns=(entry.mtime_ns, entry.mtime_ns))
             _replace(pending.parent, pending.temporary, name)
+            if entry.path in self._more:  # of a file that this one takes the place of
+                os.close(self._more.pop(entry.path))
+            if more:
+                self._more[entry.path] = os.dup(pending.fd)
             return _entry(entry.path, Kind.FILE, os.fstat(pending.fd))
         finally:
             self._drop_pending(entry.path)
+
+    def written(self, path: str, mtime_ns: int, more: bool) -> Entry:
+        fd = self._more.get(path)
+        if fd is None:
+            raise ValueError(f"{path!r} is not being written to")
+        os.utime(fd, ns=(mtime_ns, mtime_ns))
+        entry = _entry(path, Kind.FILE, os.fstat(fd))
+        if not more:
+            os.close(self._more.pop(path))
+        return entry
 
     def make_dir(self, entry: Entry) -> None:
         with self._parent(entry.path) as (parent, name):
@@ -204,6 +221,10 @@ class Tree:
     def _own(self, fd: int) -> None:
         if self._owner is not None:
             os.fchown(fd, *self._owner)
+
+    def _drop_all_pending(self) -> None:
+        for path in list(self._pending):
+            self._drop_pending(path)
 
     def _drop_pending(self, path: str) -> None:
         pending = self._pending.pop(path, None)

@@ -106,6 +106,26 @@ class FilesContract:
         os.close(fd)
         assert (root / "a").read_bytes() == b"x"
 
+    async def test_more_is_written_to_a_file_in_its_place_whatever_becomes_of_its_name(
+        self, files: Files, root: Path
+    ) -> None:
+        fd = await files.open_write("a")
+        os.ftruncate(fd, 10)
+        placed = await files.commit_write(Entry("a", Kind.FILE, 0o600, mtime_ns=5_000_000_000), more=True)
+        assert await files.scan() == [placed]
+        os.write(fd, b"01234")
+        assert (await files.written("a", 6_000_000_000, more=True)).mtime_ns == 6_000_000_000
+        (root / "a").rename(root / "b")
+        os.write(fd, b"56789")
+        made = await files.written("a", 7_000_000_000, more=False)
+        os.close(fd)
+        assert (root / "b").read_bytes() == b"0123456789"
+        (found,) = await files.scan()
+        assert (found.mtime_ns, found.size, found.inode) == (7_000_000_000, 10, placed.inode)
+        assert (made.ctime_ns, made.inode) == (found.ctime_ns, found.inode)
+        with pytest.raises(ValueError, match="not being written"):
+            await files.written("a", 0, more=False)
+
     @pytest.mark.parametrize("there", ["file", "dir", "link", "nothing"])
     async def test_a_write_replaces_what_is_there(self, files: Files, root: Path, there: str) -> None:
         _put(root, there)

@@ -21,6 +21,7 @@ from edge_agent.state.index import Index
 from edge_agent.state.local_files import LocalFiles
 from edge_agent.state.restore import restore
 from edge_agent.state.snapshot import Snapshot, capture, upload
+from edge_agent.state.source import Source
 from shared.errors import Reason, RoostError
 from shared.manifest import Encoded, FileNode, StateManifest, decode, encode
 from tests.support.eventually import eventually
@@ -63,9 +64,13 @@ class CutOff:
         self._step()
         return await self._files.open_write(path)
 
-    async def commit_write(self, entry: Entry) -> Entry:
+    async def commit_write(self, entry: Entry, more: bool = False) -> Entry:
         self._step()
-        return await self._files.commit_write(entry)
+        return await self._files.commit_write(entry, more)
+
+    async def written(self, path: str, mtime_ns: int, more: bool) -> Entry:
+        self._step()
+        return await self._files.written(path, mtime_ns, more)
 
     async def make_dir(self, entry: Entry) -> None:
         self._step()
@@ -109,7 +114,7 @@ class Node:
         return await decode(root, fetch)
 
     async def restore(self, files: Files, root: str, index: Index | None = None) -> Index:
-        return await restore(files, (await self.load(root)).nodes, index, self.chunks, self.blobs)
+        return await restore(files, (await self.load(root)).nodes, index, Source(self.chunks, self.blobs))
 
 
 @pytest.fixture
@@ -296,7 +301,7 @@ async def test_a_file_whose_chunks_are_not_its_size_is_refused(node: Node) -> No
         (chunk,) = snapshot.new
         forged = [FileNode("a", 0o600, 0, 8, (chunk,))]
         with pytest.raises(RoostError) as caught:
-            await restore(files, forged, None, node.chunks, node.blobs)
+            await restore(files, forged, None, Source(node.chunks, node.blobs))
         assert caught.value.reason is Reason.RESTORE_INCOMPLETE
 
 

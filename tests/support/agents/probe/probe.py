@@ -1,11 +1,13 @@
 """An agent that does what tests tell it to: `COMMAND ARGUMENT` in each message."""
 
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 import uuid
 
@@ -14,6 +16,7 @@ from roost import Agent
 agent = Agent()
 STATE = pathlib.Path("/state")
 LEAKED = []
+PEEKED = []
 
 
 def _append(text):
@@ -64,9 +67,28 @@ def _fill(text):
     return "ok"
 
 
+def _digest(name):
+    with (STATE / name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _peek(name):
+    """In a thread, while the turn ends."""
+    threading.Thread(target=lambda: PEEKED.append(_digest(name))).start()
+    return "ok"
+
+
+def _cut(text):
+    """By the path, which opens nothing."""
+    name, _, size = text.partition(" ")
+    os.truncate(STATE / name, int(size))
+    return "ok"
+
+
 @functools.cache
 def _process():
-    """Drawn at the first question, so not shared by what is forked: a pid is one in its own namespace, and easily the same in the next jail."""
+    """Which process this is. A pid counts in its own namespace, and is easily the same in the next jail; this
+    is drawn at the first question, so that what is forked does not share it."""
     return uuid.uuid4().hex
 
 
@@ -79,6 +101,10 @@ COMMANDS = {
     "eat": _eat,
     "exit-soon": _exit_soon,
     "fill": _fill,
+    "digest": _digest,
+    "peek": _peek,
+    "peeked": lambda _: json.dumps(PEEKED),
+    "cut": _cut,
     "sleep": lambda text: time.sleep(float(text)) or "slept",
     "echo": lambda text: text,
     "huge": lambda text: "x" * int(text),
