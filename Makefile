@@ -50,7 +50,7 @@ BENCH_EXTRA = $(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyp
 # What pip has no build of for this Python, a benchmark goes without, and says so.
 bench: ## measures, beside peers, into bench/out/; NAME=escape picks one (root)
 	@$(call need_root,measures real jails)
-	@$(BOOTSTRAP) --test
+	@$(BOOTSTRAP) --bench
 	@$(BIN)/python -c 'import matplotlib, sandlock' 2>/dev/null || $(BENCH_EXTRA) | \
 		xargs -d '\n' -n 1 $(BIN)/python -m pip install -qq --disable-pip-version-check || true
 	@$(BIN)/python -m bench.run $(NAME)

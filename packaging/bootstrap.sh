@@ -4,6 +4,7 @@
 #   packaging/bootstrap.sh           what the demo and a node on this machine need
 #   packaging/bootstrap.sh --image   and what building the coordinator's image needs
 #   packaging/bootstrap.sh --test    and what the tests need
+#   packaging/bootstrap.sh --bench   and what benchmarks compare with
 #   packaging/bootstrap.sh --vm      and what a Debian box in an emulator needs
 #
 # It may run at any time, any number of times: what is there is left alone, and a stamp in .venv lets it end
@@ -33,7 +34,8 @@ needed() {
     echo "qemu-system-x86_64 qemu-system-x86"
     echo "mkfs.ext4 e2fsprogs"
   fi
-  if [ "$1" = test ] || [ "$1" = vm ]; then
+  if [ "$1" = bench ]; then echo "borg borgbackup"; fi
+  if [ "$1" = test ] || [ "$1" = vm ] || [ "$1" = bench ]; then
     echo "etcdctl etcd-client"
     echo "bwrap bubblewrap"
     echo "ip iproute2"
@@ -178,8 +180,8 @@ main() {
   local level=run
   case "${1:-}" in
     "") ;;
-    --image | --test | --vm) level=${1#--} ;;
-    *) die "unknown argument $1" "known are --image, --test and --vm" ;;
+    --image | --test | --bench | --vm) level=${1#--} ;;
+    *) die "unknown argument $1" "known are --image, --test, --bench and --vm" ;;
   esac
   # Two makes at once would fight over apt and .venv: the second waits for the first, then finds all done.
   exec 9<pyproject.toml

@@ -118,5 +118,6 @@ class DaemonStarterAsRoot:
             "TMPDIR": "/tmp",
             "PYTHONPATH": self._system.sources,
             "PYTHONDONTWRITEBYTECODE": "1",
+            "MALLOC_ARENA_MAX": "2",  # each thread would have one of its own, and give little back
             FD_VARIABLE: str(fd),
         }

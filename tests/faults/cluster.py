@@ -29,7 +29,7 @@ from tests.support.process import Process
 from tests.support.proxy import Proxy, running_proxy
 
 TTL = 2.0  # seconds until a silent node is lost
-GC_RATE = 100  # blobs that are moved or deleted a second, when somebody has it collected
+GC_RATE = 1000  # blobs that are moved or deleted a second, when somebody has it collected
 AGENT = Path(__file__).parent / "agents" / "ledger"
 CLIENT = "client"
 

@@ -62,4 +62,4 @@ def test_bootstrap_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     done = run(tmp_path, ["packaging/bootstrap.sh", "--everything"])
     assert done.returncode != 0
     assert "unknown argument --everything" in done.stderr
-    assert "known are --image, --test and --vm" in done.stderr
+    assert "known are --image, --test, --bench and --vm" in done.stderr
