@@ -82,6 +82,7 @@ class Packages:
             return ready
         bundle = self._bundles / version
         if not any((bundle / name).is_dir() for name in (WHEELS, VENDORED, VENV)):
+            self._ready[version] = ""
             return ""
         work = self._work.get(version)
         if work is None:

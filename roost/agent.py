@@ -35,9 +35,10 @@ import inspect
 import json
 import os
 import socket
+import struct
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -189,6 +190,8 @@ class Agent:
         else:
             waits = os.environ.pop(PARKED_VARIABLE, None) is not None
             with socket.socket(fileno=int(fd)) as node:
+                if waits:
+                    rehearse(STATE_DIR, self._loop)
                 serve(self._handler, node, STATE_DIR, self._warm_up if waits else None, self._loop)
         sys.exit(0)
 
@@ -363,6 +366,26 @@ def serve(
             answerer.answer(asked)
     except (BrokenPipeError, ConnectionResetError):
         return  # the node is gone, or has ended this agent
+
+
+def rehearse(state_dir: Path, loop: asyncio.AbstractEventLoop | None) -> None:
+    """Answers a turn to nobody, while there is no user yet. A forked process has to copy each page that it is
+    the first to write to, and in CPython to run code is to write: the first turn of a user then finds most of
+    it done. The agent's own code has no part in it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        asked = json.dumps({"kind": "turn", "id": "", "user": "", "message": ""}).encode()
+        theirs.sendall(struct.pack(">I", len(asked)) + asked)
+        theirs.shutdown(socket.SHUT_WR)
+        serve(_rehearsed if loop is None else _rehearsed_async, ours, state_dir, loop=loop)
+
+
+def _rehearsed(turn: Turn) -> Iterator[str]:
+    yield ""
+
+
+async def _rehearsed_async(turn: Turn) -> AsyncIterator[str]:
+    yield ""
 
 
 if __name__ == "__main__":

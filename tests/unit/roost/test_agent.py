@@ -56,6 +56,15 @@ def test_a_handler_finds_the_event_loop_that_was_made_when_it_warmed_up(serve: S
     assert serve(handler, warm_up).turn("hi")[-1]["text"] == "True"
 
 
+def test_a_rehearsal_runs_nothing_of_the_agent_and_leaves_nothing(tmp_path: Path) -> None:
+    sdk.rehearse(tmp_path, None)
+    loop = asyncio.new_event_loop()
+    sdk.rehearse(tmp_path, loop)
+    assert list(tmp_path.iterdir()) == []
+    assert loop.run_until_complete(asyncio.sleep(0, "it goes on")) == "it goes on"
+    loop.close()
+
+
 def test_warming_up_may_fail(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
     def warm_up() -> None:
         raise RuntimeError("no network here")
