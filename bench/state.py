@@ -7,7 +7,8 @@ Figures, each with .p10_ms, .p50_ms and .p90_ms: commit (from the first text of 
 commit_SIZE_1pct with 1 % of 1,000 files changed, SIZE 1mb, 10mb, 100mb, 1gb, and borg_SIZE_1pct of the same;
 commit_SIZE_1mb with 1 MB changed in files of 1 MB; resume_same_node (from the message to the first text, by a
 client that stayed attached; resume_same_node_anew: by one that resolves and attaches) and
-resume_other_node_10mb. Ratios: commit_by_etcd_txn, growth_same_change, growth_1pct, borg_by_commit_1gb_1pct.
+resume_other_node_10mb and _300mb, of which one file is opened. Ratios: commit_by_etcd_txn,
+growth_same_change, growth_1pct, borg_by_commit_1gb_1pct.
 
 COMMITS, RESUMES, REPEATS and MOST_MB in the environment (default 100, 20, 5 and 1000) make it shorter.
 """
@@ -34,6 +35,7 @@ from tests.support.mesh import running_mesh
 _TTL = 30.0  # seconds: a machine that does nothing but write is slow in all else
 _FILES = 1000
 _SIZES = {"1mb": 1, "10mb": 10, "100mb": 100, "1gb": 1000}  # MB
+_LARGE_MB = 300  # of a state that wakes elsewhere: most of it comes after the first text
 _MB = 1 << 20
 
 
@@ -56,7 +58,10 @@ class _Bench:
             async with open_etcd([mesh.etcd.endpoint]) as store:
                 await self._part("small commits", partial(turns.small_commits, client, store, self.commits))
             await self._part("sleep and wake", partial(turns.resume_here, mesh, client, self.resumes))
-            await self._part("wake elsewhere", partial(turns.resume_elsewhere, mesh, client, self.resumes))
+            for mb, count in ((10, self.resumes), (_LARGE_MB, self.repeats)):
+                if mb <= self.most_mb:
+                    elsewhere = partial(turns.resume_elsewhere, mesh, client, count, mb)
+                    await self._part(f"wake elsewhere, {mb} MB", elsewhere)
             for name, size in _SIZES.items():
                 if size <= self.most_mb:
                     await self._part(f"1 % of {name}", partial(self._one_percent, client, name, size))

@@ -124,12 +124,12 @@ async def resume_here(mesh: Mesh, client: AsyncClient, count: int) -> Figures:
     return spread("resume_same_node", stayed) | spread("resume_same_node_anew", anew)
 
 
-async def resume_elsewhere(mesh: Mesh, client: AsyncClient, count: int) -> Figures:
-    """Users with 10 MB each, whose node is drained when they sleep, and who then come back."""
-    users = [f"traveller-{number}" for number in range(count)]
+async def resume_elsewhere(mesh: Mesh, client: AsyncClient, count: int, mb: int) -> Figures:
+    """Users with `mb` files of 1 MB, whose node is drained when they sleep, and who then come back."""
+    users = [f"traveller-{mb}-{number}" for number in range(count)]
     for user in users:
         async with client.attach(AGENT, user) as chat:
-            await turn(chat, "write 0 10 1048576")
+            await fill(chat, mb, 1 << 20)
     await asleep(mesh, users)
     await mesh.drain(HERE.name)
     try:
@@ -142,7 +142,7 @@ async def resume_elsewhere(mesh: Mesh, client: AsyncClient, count: int) -> Figur
             seconds.append(waited.first)
     finally:
         await mesh.drain(HERE.name, undo=True)
-    return spread("resume_other_node_10mb", seconds)
+    return spread(f"resume_other_node_{mb}mb", seconds)
 
 
 async def fill(chat: AsyncChat, count: int, size: int) -> None:
