@@ -123,8 +123,6 @@ class Wire:
             for frame in frames:
                 frame.close()
             raise
-        if self._in_fds and not self._in:
-            raise Garbage("descriptors that no frame names")
         return frames
 
     def _frames(self) -> Iterable[Frame]:
@@ -137,6 +135,8 @@ class Wire:
             data = bytes(self._in[4 : 4 + size])
             del self._in[: 4 + size]
             yield self._frame(data)
+        if self._in_fds and not self._in:
+            raise Garbage("descriptors that no frame names")
 
     def _frame(self, data: bytes) -> Frame:
         try:
