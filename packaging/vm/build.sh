@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . packaging/common.sh
 
 readonly SUITE=bookworm SUITE_PYTHON=3.11 SIZE=4G
-directory=$1
+directory=$(realpath -m "$1")
 tree=$directory/tree
 checkout=$tree/srv/roost  # not where it is here: a box clears its /tmp as it boots
 packages=systemd,systemd-sysv,dbus,udev,kmod,linux-image-cloud-amd64,initramfs-tools,python3,python3-venv,procps
