@@ -22,7 +22,7 @@ setpriv --pdeathsig KILL timeout "${MINUTES}m" qemu-system-x86_64 -machine q35 -
   -drive "file=$directory/disk.ext4,format=raw,if=virtio,cache=unsafe" -append \
   "root=/dev/vda rw console=ttyS0 quiet loglevel=3 systemd.show_status=no systemd.unit=roost-vm-test.service \
 roost.tests=$(printf '%s ' "$@" | base64 -w0)" </dev/null |
-  tr -d '\r' | tee "$console" || true
+  stdbuf -oL tr -d '\r' | tee "$console" || true
 code=$(sed -n 's/^roost-vm: exit code \([0-9]*\)$/\1/p' "$console" | tail -1)
 [ -n "$code" ] || die "the box ended without a result" "its words are above, and in $console"
 exit "$code"

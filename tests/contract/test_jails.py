@@ -218,10 +218,13 @@ async def test_the_daemon_reads_a_guarded_file_without_waiting(world: World) -> 
         os.close(reading)
 
 
-async def test_an_agent_that_waits_for_a_guarded_file_can_be_frozen_and_thawed(world: World) -> None:
+async def test_an_agent_that_waits_for_a_guarded_file_is_frozen_or_said_not_to_stop(world: World) -> None:
     async with _waiting_for_a_guarded_file(world) as (jail, fd):
-        async with asyncio.timeout(10):
-            await jail.freeze()
+        async with asyncio.timeout(20):
+            try:
+                await jail.freeze()
+            except RoostError as error:  # cgroup v2, or a kernel before 6.18
+                assert "did not stop" in error.message
             await jail.release(fd)
             await jail.thaw()
             assert await jail.receive() == b""

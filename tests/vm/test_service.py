@@ -77,7 +77,8 @@ async def append(mesh: Mesh, user: str, text: str) -> list[str]:
 
 
 async def deploy(mesh: Mesh) -> None:
-    await mesh.deploy(AGENTS / "probe", start_timeout='"60s"', turn_timeout='"120s"')
+    """So small that a box with two cores has room for all users of a test."""
+    await mesh.deploy(AGENTS / "probe", start_timeout='"60s"', turn_timeout='"120s"', cpu="0.1")
 
 
 @pytest.mark.timeout(1800)
