@@ -55,7 +55,7 @@ bench: ## measures, beside peers, into bench/out/; NAME=escape picks one (root)
 		xargs -d '\n' -n 1 $(BIN)/python -m pip install -qq --disable-pip-version-check || true
 	@$(BIN)/python -m bench.run $(NAME)
 
-check: ## format, lint, types, import rules, unit tests: under a minute, no root
+check: ## format, lint, types, import rules, unit tests: a minute and a half, no root
 	@$(BOOTSTRAP)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
