@@ -30,7 +30,7 @@ from shared.manifest import FileNode
 
 FROM_BYTES = 32 << 20  # to be written in all: below it takes less time than a turn
 LARGE = 1 << 20  # bytes of a file from which on it can wait
-_MOST = 128  # placeholders: each takes a descriptor here and one in init
+_MOST = 128  # placeholders: each takes a descriptor here, in the jailer and in init
 _PAUSE = 1.0  # seconds before it is asked again for what could not be fetched
 _PATIENCE = 30.0  # seconds of that
 
