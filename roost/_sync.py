@@ -95,7 +95,10 @@ class _LoopThread:
     """An event loop in a daemon thread. An interrupt of the caller cancels what it waits for."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        # A Runner ends what is left in the loop before it closes it; grpc.aio has tasks of its own there.
+        # Named by its factory, the loop does not become that of the caller's thread.
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="roost-client", daemon=True)
         self._thread.start()
 
@@ -127,4 +130,4 @@ class _LoopThread:
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
+        self._runner.close()
