@@ -7,7 +7,7 @@ import logging
 import os
 import time
 
-from edge_agent.jail import cgroups, seccomp, spawn, spawn_shell, spawn_zygote
+from edge_agent.jail import cgroups, file_service, seccomp, spawn, spawn_shell, spawn_zygote
 from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.daemon_process import DaemonStarterAsRoot
@@ -24,6 +24,7 @@ _LOCK_SECONDS = 5.0
 _JOBS: dict[bytes, Job] = {
     spawn.MAKE_INIT: spawn.make_init,
     spawn_shell.MAKE_SHELL: spawn_shell.make_shell,
+    file_service.SERVE_FILES: file_service.serve_files,
     spawn_zygote.MAKE_ZYGOTE: spawn_zygote.make_zygote,
 }
 

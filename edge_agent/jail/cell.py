@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from edge_agent.jail.loop import Timer
 from edge_agent.jail.protocol import Ended, Make, Way
 from edge_agent.jail.spawn import Spawned
-from edge_agent.jail.wire import Closed, Wire, close_all, pair
+from edge_agent.jail.wire import Wire, close_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +65,19 @@ class Cell:
     patience: Timer | None = None  # of whoever waits for it to be made
     pid: int = 0  # of init, which is the builder's until it is born, or of the zygote
     for_fork: tuple[int, ...] = ()  # given to the zygote once
+    output: int = -1  # of its agent, to be read; given to the file service once
 
     def __post_init__(self) -> None:
-        self.pid, self.for_fork = self.init.pid, self.init.for_fork
+        self.pid, self.for_fork, self.output = self.init.pid, self.init.for_fork, self.init.output
 
     @property
     def supervisor(self) -> Wire:
         return self.init.supervisor
 
-    def sockets_for_daemon(self) -> tuple[int, int]:
-        """A new control socket, whose other end init gets, and the turn socket; the caller owns both.
-        Closed if init is gone."""
-        ours, inner = pair()
-        try:
-            self.supervisor.send({"do": "control"}, (inner.detach(),))
-        except Closed:
-            ours.close()
-            raise
-        return ours.detach(), os.dup(self.init.turn.fileno())
+    @property
+    def is_forked(self) -> bool:
+        """Are its files served by the file service, and not by its init?"""
+        return self.request.way is Way.FORK
 
     @property
     def is_zygote(self) -> bool:
@@ -123,3 +118,5 @@ class Cell:
         self.calm()
         self.init.close()
         close_all(self.for_fork)
+        if self.output >= 0:
+            os.close(self.output)

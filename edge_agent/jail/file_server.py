@@ -1,16 +1,20 @@
-"""The file operations that a jail's init does for the daemon: see `edge_agent.jail.remote_files`."""
+"""The file operations that are done for the daemon, by a jail's init or by the file service: see
+`edge_agent.jail.remote_files`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from edge_agent.jail import entries
-from edge_agent.jail.wire import Body
-from edge_agent.state.tree import Tree, TreeTooLarge
+from edge_agent.jail.wire import Body, close_all
+from edge_agent.state.tree import InSlices, Tree, TreeTooLarge, write_back_all
 
 Answer = tuple[Body, tuple[int, ...]]
+# An answer; something to be done that may wait for the disk; or None, where others may go on first.
+Step = Answer | Callable[[], None] | None
+_AT_ONCE = 1 << 20  # bytes of files that are written back on the way
 
 
 class FileServer:
@@ -24,11 +28,11 @@ class FileServer:
         """Drops unfinished writes: whoever began them is gone."""
         self._tree.close()
 
-    def taken(self, most_bytes: int, most_entries: int) -> int:
+    def taken(self, most_bytes: int, most_entries: int) -> InSlices[int]:
         """See `Tree.taken`."""
         return self._tree.taken(most_bytes, most_entries)
 
-    def answer(self, request: Body) -> Iterator[Answer]:
+    def answer(self, request: Body) -> Iterator[Step]:
         try:
             yield from self._answer(request)
         except FileNotFoundError as error:
@@ -43,18 +47,19 @@ class FileServer:
             what = os.strerror(error.errno or 0)
             yield _error("failed", f"{request.get('do')} in the jail's state: {what}")
 
-    def _answer(self, request: Body) -> Iterator[Answer]:
+    def _answer(self, request: Body) -> Iterator[Step]:
         tree = self._tree
         match request["do"]:
             case "scan":
-                for page in entries.pages(tree.scan()):
+                for page in entries.pages((yield from tree.scanning())):
                     yield {"part": page}, ()
                 yield _ok()
             case "changed":
-                found = tree.scan()
+                found = yield from tree.scanning()
                 for page in entries.pages(found):
                     yield {"part": page}, ()
                 opened = tree.open_changed(found, request["since_ns"])
+                yield _writing_back(tuple(opened.values()))
                 yield {"ok": {"opened": list(opened)}}, tuple(opened.values())
             case "open_read":
                 yield {"ok": {}}, (tree.open_read(request["path"]),)
@@ -85,3 +90,17 @@ def _ok(**values: Any) -> Answer:
 
 def _error(kind: str, message: str) -> Answer:
     return {"error": {"kind": kind, "message": message, "hint": ""}}, ()
+
+
+def _writing_back(fds: tuple[int, ...]) -> Callable[[], None] | None:
+    """What is left to do of it."""
+    if sum(os.fstat(fd).st_size for fd in fds) <= _AT_ONCE:
+        write_back_all(fds)
+        return None
+    copies = tuple(map(os.dup, fds))  # whoever wanted these may be gone before that is done
+
+    def write_back() -> None:
+        write_back_all(copies)
+        close_all(copies)
+
+    return write_back

@@ -1,4 +1,4 @@
-"""Has a zygote fork into a jail, and makes the fork its agent; tells the jail's init when the agent ends.
+"""Has a zygote fork into a jail, and makes the fork its agent; ends the jail when the agent has ended.
 
 The fork is made as soon as the jail's init is there, which may be before the jail is anybody's: it waits in
 the jail's pid namespace, still with the zygote's uid, root and control groups, until `start` sends the rest.
@@ -53,12 +53,12 @@ class _Fork:
 
 
 class Forks:
-    """`unfit` is told of a shell whose fork has ended before the shell was a jail."""
+    """`end` ends a jail whose agent has ended, or a shell whose fork has, before the shell was a jail."""
 
-    def __init__(self, loop: Loop, cgroups: Cgroups, unfit: Callable[[Cell], None]) -> None:
+    def __init__(self, loop: Loop, cgroups: Cgroups, end: Callable[[Cell], None]) -> None:
         self._loop = loop
         self._cgroups = cgroups
-        self._unfit = unfit
+        self._end = end
         self._forks: dict[int, _Fork] = {}  # by the pid of their jail's init, which no two have
 
     def prepare(self, cell: Cell, zygote: Cell) -> None:
@@ -155,12 +155,10 @@ class Forks:
         if cell.reaped:
             return
         if isinstance(cell.phase, Waiting):
-            self._unfit(cell)
+            self._end(cell)
         elif not cell.for_fork:  # else: it was nobody's yet, and `start` will say so
             cell.code = code
-            with suppress(Closed):
-                cell.supervisor.send({"do": "agent ended", "code": code})
-                self._loop.refresh(cell.supervisor)
+            self._end(cell)
 
 
 def _heard(wire: Wire, closed: str) -> dict[str, object] | None:

@@ -1,8 +1,8 @@
 """Holds up whoever opens a file of a jail whose content is not here yet.
 
 What must hold: from the answer to `guard` to `release`, no process of the jail has opened the file, by
-whatever name, or mapped it; init may, which the agent can't steer. It needs no trust in the daemon: only a
-file that belongs to the jail's own uids can be guarded, which nobody else depends on.
+whatever name, or mapped it; init and the file service may, which the agent can't steer. It needs no trust in
+the daemon: only a file that belongs to the jail's own uids can be guarded, which nobody else depends on.
 
 How it can fail: the kernel can't (OSError: then there is no laziness); the daemon ends, and nobody will
 release: the jail is ended too. When the *jailer* is killed the kernel lets the openers through, to a file of
@@ -64,7 +64,7 @@ class _Group:
 
 
 class Guards:
-    """`end` ends a jail that abuses them."""
+    """`end` ends a jail that abuses them. `files`: the pid of the file service."""
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ class Guards:
         loop: Loop,
         tell: Callable[[dict[str, Any]], None],
         end: Callable[[Cell], None],
+        files: Callable[[], int],
     ) -> None:
+        self._files = files
         self._config = config
         self._loop = loop
         self._tell = tell
@@ -131,7 +133,7 @@ class Guards:
                 continue  # the kernel has refused it
             inode = os.fstat(fd).st_ino
             guarded = self._guarded.get(inode)
-            if guarded is None or pid == guarded.cell.pid:
+            if guarded is None or pid in (guarded.cell.pid, self._files()):
                 group.allow(fd)
                 continue
             if not guarded.waiting:

@@ -1,4 +1,5 @@
-"""A jail's init: pid 1 of its pid namespace, root of its user namespace and nobody outside.
+"""The init of a jail whose program is executed: pid 1 of its pid namespace, root of its user namespace and
+nobody outside. (That of one that a zygote forks into does nothing: see `spawn_shell` and `file_service`.)
 
 It is forked from the wright and never executes anything itself. It serves the jail's files, starts the
 agent, reaps orphans, and ends when the agent's process ends or the jailer does; the kernel then ends all that
@@ -8,8 +9,7 @@ replaced when a new daemon adopts the jail.
 The init of a task, a program that is no agent, hands out the ends of its output, and outlives it so that its
 files can be read: it says how the program ended to whoever asks it to "wait".
 
-    jailer -> init  {"do": "control"} with a socket; {"do": "measure"} what is in /state;
-                    {"do": "agent ended", "code"} of one that a zygote forked
+    jailer -> init  {"do": "control"} with a socket; {"do": "measure"} what is in /state
     init -> jailer  {"step": ...} while it is made (see `spawn`); {"measured": true} if that is not too much;
                     in the end {"ended": code, "stderr_tail": ..., "disk_full": bool}
 """
@@ -31,7 +31,7 @@ from edge_agent.jail.file_server import FileServer
 from edge_agent.jail.output import Output, to_stderr
 from edge_agent.jail.protocol import AGENT_ID, Make, Refused, Way
 from edge_agent.jail.wire import Body, Closed, Garbage, Wire, close_all
-from edge_agent.state.tree import Tree, TreeTooLarge
+from edge_agent.state.tree import Tree, TreeTooLarge, whole
 
 _LAST_WORDS_SECONDS = 2.0
 
@@ -46,10 +46,9 @@ class Program:
 
 
 class Init:
-    """Without `program` a zygote will fork the agent, and the jailer say when it ends. `disk_bytes`: as much
-    may be in /state."""
+    """`disk_bytes`: as much may be in /state."""
 
-    def __init__(self, jail_id: str, disk_bytes: int, supervisor: Wire, program: Program | None) -> None:
+    def __init__(self, jail_id: str, disk_bytes: int, supervisor: Wire, program: Program) -> None:
         self._jail_id = jail_id
         self._disk_bytes = disk_bytes
         self._supervisor = supervisor
@@ -65,7 +64,7 @@ class Init:
 
     @property
     def _is_task(self) -> bool:
-        return self._program is not None and self._program.request.way is Way.TASK
+        return self._program.request.way is Way.TASK
 
     def serve(self) -> NoReturn:
         """Until the agent or the jailer ends."""
@@ -93,8 +92,6 @@ class Init:
         except (Closed, Garbage):
             os._exit(1)  # the jailer is gone, and with it everybody who could end this jail
         for frame in frames:
-            if frame.body.get("do") == "agent ended":
-                self._end(int(frame.body["code"]))
             if frame.body.get("do") == "measure":
                 self._measure()
             if frame.body.get("do") == "control" and len(frame.fds) == 1:
@@ -133,8 +130,12 @@ class Init:
             self._tell_waiting()
             return
         if request.get("do") != "start":
-            for body, fds in self._files.answer(request):
-                control.send({"id": request.get("id"), **body}, fds)
+            for step in self._files.answer(request):
+                if isinstance(step, tuple):
+                    body, fds = step
+                    control.send({"id": request.get("id"), **body}, fds)
+                elif step is not None:
+                    step()
             return
         try:
             control.send({"id": request.get("id"), "ok": {}}, self._start())
@@ -145,8 +146,6 @@ class Init:
         """What the daemon gets: the ends of a task's standard output and error."""
         if self._agent is not None:
             raise Refused("the agent of this jail was started already")
-        if self._program is None:
-            raise Refused("the agent of this jail is forked by a zygote")
         if self._is_task:
             return self._start_task(self._program)
         request, turn, cgroups = self._program.request, self._program.turn, self._program.cgroups
@@ -161,7 +160,7 @@ class Init:
         # The last copy outside of the agent: from now on its end is the socket's end.
         for fd in (turn, *cgroups):
             os.close(fd)
-        self.read_output(readable)
+        self._keep_output(readable)
         return ()
 
     def _start_task(self, program: Program) -> tuple[int, ...]:
@@ -179,13 +178,13 @@ class Init:
             close_all((output[1], errors[1]))
         return output[0], errors[0]
 
-    def read_output(self, fd: int) -> None:
+    def _keep_output(self, fd: int) -> None:
         """`fd`: the end of a pipe, of which the agent has the other."""
         self._output = Output(fd, self._jail_id, to_stderr)
         self._selector.register(fd, selectors.EVENT_READ, self._read_output)
 
     def _read_output(self) -> None:
-        if self._output is not None and not self._output.read():
+        if self._output is not None and self._output.read() is None:
             self._selector.unregister(self._output.fd)
 
     def _reap(self, woken: socket.socket) -> None:
@@ -220,7 +219,7 @@ class Init:
         """Ends the jail if there is more in /state than it may have."""
         most = quota.most_taken(self._disk_bytes)
         try:
-            over = self._files.taken(most, quota.MAX_FILES) > most
+            over = whole(self._files.taken(most, quota.MAX_FILES)) > most
         except TreeTooLarge:
             over = True
         except OSError:

@@ -68,7 +68,10 @@ class Jailer:
         if self._directories.quota is None:
             self._watch_disk(quota.DiskWatch(*quota.free(self._config.jails_dir)))
         self._start_daemon()
-        self._loop.run()
+        try:
+            self._loop.run()
+        finally:
+            self._keeper.close()
 
     def _watch_disk(self, watch: quota.DiskWatch) -> None:
         with suppress(OSError):  # the disk fails: those who use it will say so

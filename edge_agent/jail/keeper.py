@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, assert_never
 
@@ -26,10 +27,11 @@ from edge_agent.jail.guards import Guards
 from edge_agent.jail.loop import Loop
 from edge_agent.jail.operations import carry_out
 from edge_agent.jail.protocol import Refused, Way
+from edge_agent.jail.served import ServedFiles
 from edge_agent.jail.shares import Shares
 from edge_agent.jail.shells import Shells
 from edge_agent.jail.steps import MapIds, note
-from edge_agent.jail.wire import Closed, Garbage
+from edge_agent.jail.wire import Closed, Garbage, pair
 from edge_agent.jail.wright import Wright
 
 log = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ class Keeper:
         self._tell = tell
         self._forks = Forks(loop, cgroups, self._end)
         self._graves = Graves(cgroups, loop)
-        self._shares = Shares(cgroups, loop)
-        self._guards = Guards(config, loop, tell, self._end)
+        self._shares = Shares(cgroups, loop, self._look_at_state)
+        self._served = ServedFiles(config, wright, loop, self._measured, self._end)
+        self._guards = Guards(config, loop, tell, self._end, lambda: self._served.pid)
         self._freezes = Freezes(cgroups, loop)
         self._cells: dict[str, Cell] = {}
         self._shells = Shells(config, wright, cgroups, self._cells, self._watch_shell)
@@ -192,6 +195,9 @@ class Keeper:
         self._guards.of_file(self._cells.get(request.jail_id), request, fds)
         self._ok(request_id)
 
+    def close(self) -> None:
+        self._served.close()
+
     def kill_all(self, when_empty: Callable[[], None]) -> None:
         self._when_empty = when_empty
         for cell in list(self._cells.values()):
@@ -233,16 +239,24 @@ class Keeper:
                 except Refused as refused:
                     self._fail_making(cell, refused)
             case {"step": spawn.READY} if isinstance(cell.phase, Making):
-                self._made(cell)
-                self._attach(cell, cell.phase.request)
-                cell.phase = Running()
+                self._ready(cell, cell.phase.request)
             case {"ended": int(code), "stderr_tail": str(tail)}:
                 cell.code, cell.stderr_tail = code, tail
                 cell.disk_full = body.get("disk_full") is True
             case {"measured": True}:
-                self._shares.measured(cell)
+                self._measured(cell, over=False)
             case _:
                 log.error("jail %s: init said %.200r, which means nothing", cell.jail_id, body)
+
+    def _ready(self, cell: Cell, request_id: int) -> None:
+        self._made(cell)
+        try:
+            if cell.is_forked:
+                self._served.begin(cell)
+            self._attach(cell, request_id)
+            cell.phase = Running()
+        except OSError as error:
+            self._fail_making(cell, Refused(f"make of {cell.jail_id}: {error}"))
 
     def _made(self, cell: Cell) -> None:
         if log.isEnabledFor(logging.DEBUG):
@@ -252,11 +266,38 @@ class Keeper:
         cell.calm()
 
     def _attach(self, cell: Cell, request_id: int) -> None:
-        fds = cell.sockets_for_daemon()
-        self._loop.refresh(cell.supervisor)
+        ours, inner = pair()
+        try:
+            self._give_control(cell, inner.detach())
+            fds = ours.detach(), os.dup(cell.init.turn.fileno())
+        except BaseException:
+            ours.close()
+            raise
         granted = cell.request.limits
         sizes = {name: getattr(granted, name) for name in ("memory_bytes", "cpu_millis", "pids")}
         self._answer(request_id, {"ok": {**sizes, "devices": cell.request.devices}}, fds)
+
+    def _give_control(self, cell: Cell, fd: int) -> None:
+        """Whoever serves its files is to hear the daemon there, in place of an earlier one, and takes it.
+        Closed if it is gone."""
+        if cell.is_forked:
+            self._served.control(cell, fd)
+        else:
+            cell.supervisor.send({"do": "control"}, (fd,))
+            self._loop.refresh(cell.supervisor)
+
+    def _look_at_state(self, cell: Cell) -> None:
+        if cell.is_forked:
+            self._served.measure(cell)
+        else:
+            cell.supervisor.send({"do": "measure"})
+            self._loop.refresh(cell.supervisor)
+
+    def _measured(self, cell: Cell, over: bool) -> None:
+        self._shares.measured(cell)
+        if over and isinstance(cell.phase, Running):
+            cell.disk_full = True
+            self._end(cell)
 
     def _give_up_making(self, cell: Cell, seconds: float) -> None:
         if isinstance(cell.phase, Making):
@@ -377,6 +418,10 @@ class Keeper:
             self._end(cell)
         for shell in self._shells.of(cell.jail_id):
             self._end(shell)
+        self._served.end(cell, lambda tail: self._bury(cell, tail))
+
+    def _bury(self, cell: Cell, tail: str) -> None:
+        cell.stderr_tail = tail or cell.stderr_tail
         ended = cell.ended(self._cgroups.oom_kills(cell.jail_id))
         cell.close()
         self._graves.bury(cell.jail_id, lambda: self._gone(cell, ended))

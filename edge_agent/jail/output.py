@@ -39,25 +39,30 @@ class Output:
     def tail(self) -> str:
         return self._tail.decode(errors="replace")
 
-    def read(self) -> bool:
-        """Takes what there is, at most 64 KiB. False when it will never be more."""
+    def read(self) -> int | None:
+        """Takes what there is, at most 64 KiB, and says how many bytes. None when it will never be more."""
         try:
             data = os.read(self.fd, _CHUNK)
         except BlockingIOError:
-            return True
+            return 0
         if not data:
-            return False
-        self._tail = (self._tail + data)[-STDERR_TAIL:]
+            return None
+        self._tail = (self._tail + data[-STDERR_TAIL:])[-STDERR_TAIL:]
+        size, newline = len(data), data.rfind(b"\n")
+        if newline >= 0 and self._left <= 0 and self._clock() - self._window < 1.0:
+            self._dropped += data.count(b"\n")  # without a look at each
+            self._line.clear()
+            data = data[newline + 1 :]
         *lines, rest = (self._line + data).split(b"\n")
         for line in lines:
             self._pass_on(line)
         self._line = bytearray(rest[-_CHUNK:])
-        return True
+        return size
 
     def drain(self) -> None:
         """Takes what there is at the end, though a process that holds the pipe may write on."""
         for _ in range(4):
-            if not select.select([self.fd], [], [], 0)[0] or not self.read():
+            if not select.select([self.fd], [], [], 0)[0] or self.read() is None:
                 break
         if self._line:
             self._pass_on(self._line)

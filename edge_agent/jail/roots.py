@@ -108,8 +108,14 @@ def shell_mounts(request: Make, system: System, config: JailerConfig) -> tuple[O
     )
 
 
+def empty_plan(config: JailerConfig) -> tuple[Operation, ...]:
+    """A root with nothing in it."""
+    new = str(config.new_root)
+    return (plan.PrivateMounts(), plan.Tmpfs(new, _ROOT_BYTES), plan.PivotRoot(new), plan.SealRoot())
+
+
 def jail_state(jail_id: str, config: JailerConfig) -> int:
-    """What `plan.Attach` mounts in a shell that becomes this jail."""
+    """What `plan.Attach` mounts in a shell that becomes this jail, and the file service serves."""
     return plan.state_tree(str(config.jails_dir), f"{jail_id}/state")
 
 

@@ -26,22 +26,30 @@ Done = Callable[[Refused | None], None]  # called once; with why not
 
 
 class Shares:
-    def __init__(self, cgroups: Cgroups, loop: Loop, clock: Callable[[], float] = time.monotonic) -> None:
+    """`ask` has somebody look at a jail's /state. Closed if there is nobody."""
+
+    def __init__(
+        self,
+        cgroups: Cgroups,
+        loop: Loop,
+        ask: Callable[[Cell], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._cgroups = cgroups
         self._loop = loop
+        self._ask = ask
         self._clock = clock
 
     def measure(self, cell: Cell) -> None:
-        """Its init is to look at /state, if the jail did anything since the last time."""
+        """Somebody is to look at its /state, if the jail did anything since the last time."""
         now = self._clock()
         if cell.measuring is not None or now < cell.measure_after or not isinstance(cell.phase, Running):
             return
         if self._cgroups.usage(cell.jail_id).cpu_seconds - cell.cpu_seconds < _BUSY_SECONDS:
             return
         with suppress(Closed):  # its end is noticed where it is read
-            cell.supervisor.send({"do": "measure"})
+            self._ask(cell)
             cell.measuring = now
-            self._loop.refresh(cell.supervisor)
 
     def measured(self, cell: Cell) -> None:
         """Looking takes a share of the jail's own processor time, whoever it was that wrote: so a large state

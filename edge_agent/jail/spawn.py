@@ -49,8 +49,9 @@ IN_USER_NAMESPACE, READY, FAILED, BORN = "in user namespace", "ready", "failed",
 
 @dataclass(frozen=True, slots=True)
 class Spawned:
-    """The jailer's ends of a new init. `for_fork`: the agent's ends of its turn socket and of the pipe for
-    its output, which a zygote's child is to get. `settling`: where a shell waits for its jail's state."""
+    """The jailer's ends of a new init. Of a shell: `for_fork`, the agent's ends of its turn socket and of the
+    pipe for its output, which a zygote's child is to get; `settling`, where it waits for its jail's state;
+    `output`, the other end of that pipe."""
 
     pid: int
     supervisor: Wire
@@ -58,9 +59,10 @@ class Spawned:
     progress: Progress
     for_fork: tuple[int, ...] = ()
     settling: socket.socket | None = None
+    output: int = -1
 
     def close(self) -> None:
-        """All but `for_fork`, which may have been given away."""
+        """All but `for_fork` and `output`, which may have been given away."""
         self.supervisor.close()
         self.turn.close()
         self.progress.close()
@@ -151,15 +153,11 @@ def make_init(tools: Tools, given: bytes, fds: list[int]) -> NoReturn:
         run(BECOMING_INIT, opened, progress.note)
         progress.close()
         program = Program(request, turn, opened.groups)
-        live(Init(request.jail_id, request.limits.disk_bytes, supervisor, program), supervisor)
-
-
-def live(init: Init, supervisor: Wire) -> NoReturn:
-    supervisor.send({"step": READY})
-    # The answer proves that the jailer lived after we asked to die with it. It brings the control socket,
-    # which Init takes, so only look that it is there.
-    wait_readable(supervisor)
-    init.serve()
+        supervisor.send({"step": READY})
+        # The answer proves that the jailer lived after we asked to die with it. It brings the control socket,
+        # which Init takes, so only look that it is there.
+        _wait_readable(supervisor)
+        Init(request.jail_id, request.limits.disk_bytes, supervisor, program).serve()
 
 
 def _become_its_root(opened: Opened) -> None:
@@ -177,24 +175,28 @@ def _forbid_user_namespaces(opened: Opened) -> None:
     os.close(opened.sysctl)
 
 
-# In a user namespace that is mapped. Closes `sysctl`.
-BECOMING_INIT: Script[Opened] = (
-    ("become uid and gid 0 of its user namespace, in no other group", _become_its_root),
-    ("allow no user namespaces within", _forbid_user_namespaces),
-    (keeping(_INIT_CAPABILITIES), lambda opened: kernel.keep_capabilities(_INIT_CAPABILITIES)),
-    ("set no_new_privs", lambda opened: kernel.no_new_privs()),
-    ("ask to die with the jailer", lambda opened: kernel.die_with_parent()),
-)
+def becoming_init(capabilities: tuple[int, ...]) -> Script[Opened]:
+    """In a user namespace that is mapped. Closes `sysctl`."""
+    return (
+        ("become uid and gid 0 of its user namespace, in no other group", _become_its_root),
+        ("allow no user namespaces within", _forbid_user_namespaces),
+        (keeping(capabilities), lambda opened: kernel.keep_capabilities(capabilities)),
+        ("set no_new_privs", lambda opened: kernel.no_new_privs()),
+        ("ask to die with the jailer", lambda opened: kernel.die_with_parent()),
+    )
+
+
+BECOMING_INIT = becoming_init(_INIT_CAPABILITIES)
 
 
 def _receive(wire: Wire) -> Frame:
     while True:
-        wait_readable(wire)
+        _wait_readable(wire)
         for frame in wire.receive():
             return frame
 
 
-def wait_readable(wire: Wire) -> None:
+def _wait_readable(wire: Wire) -> None:
     poll = select.poll()
     poll.register(wire, select.POLLIN)
     if not poll.poll(_PATIENCE * 1000):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
+import signal
 import socket
 import struct
 from collections.abc import Callable
@@ -20,13 +22,12 @@ from typing import NoReturn
 from edge_agent.jail import kernel, plan, roots
 from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
-from edge_agent.jail.init import Init
 from edge_agent.jail.operations import Do, Operation, Progress, carry_out
 from edge_agent.jail.protocol import Make
-from edge_agent.jail.spawn import BECOMING_INIT, BORN, Opened, Spawned, live, nothing_returns, tell
+from edge_agent.jail.spawn import BORN, READY, Opened, Spawned, becoming_init, nothing_returns, tell
 from edge_agent.jail.steps import MapIds, Script, cloning, entering, run
 from edge_agent.jail.wire import Wire, close_all, pair
-from edge_agent.jail.wright import Tools, Wright
+from edge_agent.jail.wright import INIT_NAME, Tools, Wright
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ _OF_INIT: int = (
 )
 _GIVEN = struct.Struct("=I?")  # the zygote's uid; are builder and init to note what they do?
 _COPIED: int = kernel.CLONE_NEWNS | kernel.CLONE_NEWCGROUP
-_NAME = struct.Struct("=Q")  # bytes that may be in /state; the id follows
+_CAT = shutil.which("cat") or "/bin/cat"
 _MAX_NAME, _MAX_FDS = 128, 16
 
 
@@ -54,7 +55,7 @@ def spawn_shell(request: Make, wright: Wright, owner: int) -> Spawned:
     settling, inner_settling = _packets()
     readable, writable = os.pipe2(os.O_CLOEXEC)
     progress = Progress.begin()
-    inner = (inner_supervisor.fileno(), inner_settling.fileno(), readable, progress.fd)
+    inner = (inner_supervisor.fileno(), inner_settling.fileno(), progress.fd)
     born: list[int] = []
 
     def clone() -> None:
@@ -66,13 +67,13 @@ def spawn_shell(request: Make, wright: Wright, owner: int) -> Spawned:
     except BaseException:
         for end in (supervisor, turn, inner_turn, settling, progress):
             end.close()
-        os.close(writable)
+        close_all((readable, writable))
         raise
     finally:
         inner_supervisor.close()
         inner_settling.close()
-        os.close(readable)
-    return Spawned(born[0], Wire(supervisor), turn, progress, (inner_turn.detach(), writable), settling)
+    for_fork = (inner_turn.detach(), writable)
+    return Spawned(born[0], Wire(supervisor), turn, progress, for_fork, settling, readable)
 
 
 def birth(clone: Callable[[], object]) -> tuple[Operation, ...]:
@@ -89,9 +90,8 @@ def settling(
     def give() -> None:
         settling = shell().settling
         assert settling is not None
-        name = _NAME.pack(request.limits.disk_bytes) + request.jail_id.encode()
         try:
-            socket.send_fds(settling, [name], given)
+            socket.send_fds(settling, [request.jail_id.encode()], given)
         finally:
             close_all(given)
 
@@ -138,7 +138,6 @@ class Builder:
         telling: bool,
         supervisor: int,
         settling: int,
-        output: int,
         progress: int,
     ) -> None:
         self._tools = tools
@@ -147,7 +146,6 @@ class Builder:
         self._telling = telling
         self.supervisor = supervisor
         self._settling = settling
-        self._output = output
         self.progress = progress
         self.opened = Opened()
         self._init = 0  # its pid
@@ -161,7 +159,7 @@ class Builder:
             if not self._telling:
                 os.close(self.progress)
             progress = Progress(self.progress, "init") if self._telling else None
-            _init(named, self.supervisor, self._output, self.opened, progress)
+            _init(named, self.supervisor, self.opened, progress)
         named.close()
 
     def open_inside(self) -> None:
@@ -230,25 +228,38 @@ class _Settled:
     groups: list[int]
 
 
-def _init(
-    named: socket.socket, supervisor: int, output: int, opened: Opened, progress: Progress | None
-) -> NoReturn:
-    """Waits for its name. Until then it touches next to nothing, and after that not much."""
+def _init(named: socket.socket, supervisor: int, opened: Opened, progress: Progress | None) -> NoReturn:
+    """Waits for its name. What it touches is its own until it executes a program that touches next to
+    nothing: each instance has an init, and one in Python would keep two megabytes for itself."""
     with nothing_returns(supervisor, "to be"):
         encoded, groups, _, _ = socket.recv_fds(named, _MAX_NAME, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         if not encoded:
             os._exit(1)  # the mounter failed, and has said why, or there is nothing to do
         named.close()
-        (disk_bytes,), jail_id = _NAME.unpack_from(encoded), encoded[_NAME.size :].decode()
         note = None if progress is None else progress.note
-        run(SETTLED, _Settled(jail_id, groups), note)
+        run(SETTLED, _Settled(encoded.decode(), groups), note)
         run(BECOMING_INIT, opened, note)
-        if progress is not None:
-            progress.close()
-        wire = Wire(socket.socket(fileno=supervisor))
-        init = Init(jail_id, disk_bytes, wire, None)
-        init.read_output(output)
-        live(init, wire)
+        run(STAYING, supervisor, note)
+    os._exit(1)  # which it does not come to
+
+
+def _say_ready(supervisor: int) -> None:
+    tell(supervisor, {"step": READY})
+    os.set_blocking(supervisor, True)
+
+
+def _stay(supervisor: int) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so the kernel reaps orphans
+    os.dup2(supervisor, 0)
+    os.execve(_CAT, [INIT_NAME], {})
+
+
+BECOMING_INIT = becoming_init(())
+# It reads until the jailer has ended, which may have been before init asked to die with it.
+STAYING: Script[int] = (
+    ("tell the jailer that it is ready", _say_ready),
+    (f"execute {_CAT}, which waits as long as the jailer lives", _stay),
+)
 
 
 def _join(settled: _Settled) -> None:

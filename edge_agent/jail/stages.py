@@ -66,7 +66,14 @@ def _forked(request: Make, tools: Tools, ground: tuple[Operation, ...]) -> tuple
     return (
         Stage("jailer", (*ground, *settling)),
         Stage("mounter", spawn_shell.finishing(-1, _nothing)),
-        Stage("init", (*described(spawn_shell.SETTLED), *described(spawn.BECOMING_INIT))),
+        Stage(
+            "init",
+            (
+                *described(spawn_shell.SETTLED),
+                *described(spawn_shell.BECOMING_INIT),
+                *described(spawn_shell.STAYING),
+            ),
+        ),
         Stage("jailer", forks.forking(request, 0, tools.cgroups, [], _nothing)),
         Stage("agent's process", forks.told(forks.order(request))),
     )

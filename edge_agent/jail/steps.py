@@ -78,6 +78,8 @@ def entering(flags: int) -> str:
 
 
 def keeping(capabilities: tuple[int, ...]) -> str:
+    if not capabilities:
+        return "drop all capabilities, and all from what anything executed later could get"
     return f"keep the capabilities {', '.join(kernel.CAPABILITIES[c] for c in capabilities)}, and no others"
 
 

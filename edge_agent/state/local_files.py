@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edge_agent.state.files import Entry
 from edge_agent.state.threads import in_thread
-from edge_agent.state.tree import Tree, TreeTooLarge
+from edge_agent.state.tree import Tree, TreeTooLarge, write_back_all
 from shared.errors import Reason, RoostError
 
 TOO_LARGE_HINT = "an agent's /state may have 100,000 files and 64 levels; keep many small things in SQLite"
@@ -42,7 +42,9 @@ class LocalFiles:
 
     async def changed(self, since_ns: int) -> tuple[list[Entry], dict[str, int]]:
         entries = await self.scan()
-        return entries, self._tree.open_changed(entries, since_ns)
+        opened = self._tree.open_changed(entries, since_ns)
+        write_back_all(opened.values())
+        return entries, opened
 
     async def open_read(self, path: str) -> int:
         with self._translated():

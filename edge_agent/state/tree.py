@@ -13,15 +13,17 @@ import ctypes
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from edge_agent.state.files import Entry, Kind
 
 MAX_ENTRIES = 100_000
 MAX_DEPTH = 64
 MAX_OPENED = 8  # files in one answer
+_SLICE = 32  # entries, between two places to stop at
 _MOST_LEVELS = 200  # of a tree that is only measured; each takes two descriptors
 MAX_NAME_CHARS = 16 << 20  # of all paths and link targets together: they are held in memory
 TEMPORARY = ".roost-tmp-"  # names that begin so are ours: unfinished writes, removed by the next scan
@@ -34,6 +36,21 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+T = TypeVar("T")
+# What goes through a whole tree: it stops now and then, for others to go on, and returns T in the end.
+InSlices = Generator[None, None, T]
+
+
+def whole(work: InSlices[T]) -> T:
+    """Does it without a stop."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 class TreeTooLarge(Exception):
@@ -68,23 +85,27 @@ class Tree:
 
     def scan(self) -> list[Entry]:
         """As in `Files`. Unfinished writes, of this Tree or of one that crashed, are removed."""
+        return whole(self.scanning())
+
+    def scanning(self) -> InSlices[list[Entry]]:
+        """As `scan`."""
         self._drop_all_pending()
         fd = os.open(".", _DIRECTORY, dir_fd=self._root)
-        entries = _Scan().directory(fd, "", 1)
-        entries.sort(key=lambda entry: entry.path)
-        return entries
+        scan = _Scan()
+        yield from scan.directory(fd, "", 1)
+        scan.found.sort(key=lambda entry: entry.path)
+        return scan.found
 
     def open_changed(self, entries: Sequence[Entry], since_ns: int) -> dict[str, int]:
-        """See `Files.changed`."""
+        """See `Files.changed`, but not written back."""
         changed = [e.path for e in entries if e.kind is Kind.FILE and e.ctime_ns >= since_ns]
         opened: dict[str, int] = {}
         for path in changed[:MAX_OPENED]:
             with suppress(OSError):  # whoever opens it then is told
-                fd = opened[path] = self.open_read(path)
-                write_back(fd)
+                opened[path] = self.open_read(path)
         return opened
 
-    def taken(self, most_bytes: int, most_entries: int) -> int:
+    def taken(self, most_bytes: int, most_entries: int) -> InSlices[int]:
         """Bytes of the disk that the tree takes, counted until they are more than `most_bytes`. TreeTooLarge
         for more entries than `most_entries`, or levels than can be looked through."""
         fd = os.open(".", _DIRECTORY, dir_fd=self._root)
@@ -98,6 +119,8 @@ class Tree:
                     _close_scan(*opened.pop())
                     continue
                 entries += 1
+                if entries % _SLICE == 0:
+                    yield
                 if entries > most_entries or len(opened) > _MOST_LEVELS:
                     raise TreeTooLarge(f"it has more than {most_entries:,} entries, or {_MOST_LEVELS} levels")
                 with suppress(FileNotFoundError, NotADirectoryError):
@@ -240,41 +263,47 @@ class _Scan:
     """One pass over a tree, with what it has met so far."""
 
     def __init__(self) -> None:
+        self.found: list[Entry] = []
         self._met = 0
         self._name_chars = 0
 
-    def directory(self, fd: int, prefix: str, depth: int) -> list[Entry]:
+    def directory(self, fd: int, prefix: str, depth: int) -> Iterator[None]:
         """Everything under the directory `fd`, which it closes. `prefix` is "" or ends with a slash."""
         try:
             if depth > MAX_DEPTH:
                 raise TreeTooLarge(f"directories are nested more than {MAX_DEPTH} deep")
-            found: list[Entry] = []
             with os.scandir(fd) as names:
                 for item in names:
                     self._count(len(prefix) + len(item.name))
+                    if self._met % _SLICE == 0:
+                        yield
                     if item.name.startswith(TEMPORARY):
                         _remove(fd, item.name, depth)
-                    else:
-                        self._one(fd, item.name, prefix + item.name, depth, found)
-            return found
+                        continue
+                    path = prefix + item.name
+                    below = self._one(fd, item.name, path)
+                    if below is not None:
+                        yield from self.directory(below, path + "/", depth + 1)
         finally:
             os.close(fd)
 
-    def _one(self, parent: int, name: str, path: str, depth: int, found: list[Entry]) -> None:
+    def _one(self, parent: int, name: str, path: str) -> int | None:
+        """A descriptor of a directory, which is the caller's."""
         # Something that vanished or changed its kind since it was listed is left out, as if it had
         # never been there. A frozen jail's tree does not change.
         with suppress(FileNotFoundError, NotADirectoryError):
             status = os.stat(name, dir_fd=parent, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                found.append(_entry(path, Kind.FILE, status))
+                self.found.append(_entry(path, Kind.FILE, status))
             elif stat.S_ISLNK(status.st_mode):
                 target = os.readlink(name, dir_fd=parent)
                 self._count(len(target), entries=0)
-                found.append(Entry(path, Kind.LINK, 0o777, target=target))
+                self.found.append(Entry(path, Kind.LINK, 0o777, target=target))
             elif stat.S_ISDIR(status.st_mode):
                 below = os.open(name, _DIRECTORY, dir_fd=parent)
-                found.append(Entry(path, Kind.DIR, status.st_mode & 0o777))
-                found += self.directory(below, path + "/", depth + 1)
+                self.found.append(Entry(path, Kind.DIR, status.st_mode & 0o777))
+                return below
+        return None
 
     def _count(self, name_chars: int, entries: int = 1) -> None:
         self._met += entries
@@ -283,6 +312,13 @@ class _Scan:
             raise TreeTooLarge(f"there are more than {MAX_ENTRIES:,} files and directories")
         if self._name_chars > MAX_NAME_CHARS:
             raise TreeTooLarge(f"the paths are more than {MAX_NAME_CHARS >> 20} MiB in all")
+
+
+def write_back_all(fds: Iterable[int]) -> None:
+    """Whichever can't be is noticed where it is read."""
+    for fd in fds:
+        with suppress(OSError):
+            write_back(fd)
 
 
 def write_back(fd: int) -> None:
