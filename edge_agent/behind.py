@@ -31,6 +31,7 @@ class Behind:
     def begin(self, commit: Coroutine[Any, Any, None], name: str) -> None:
         assert not self.busy, "the one before is waited for"
         self._task = asyncio.create_task(self._run(commit, name), name=name)
+        self._task.add_done_callback(self._forget)
 
     async def wait(self) -> None:
         """Until none is under way, however it ends."""
@@ -42,6 +43,10 @@ class Behind:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        if self._task is task:
+            self._task = None
 
     async def _run(self, commit: Coroutine[Any, Any, None], name: str) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from shared.content import Blob
@@ -25,8 +26,14 @@ class Agent:
 
     @classmethod
     def of(cls, version: str, policy_toml: str, bundle_root: str) -> Agent:
-        """AGENT_INVALID if the policy is not one that this node understands."""
-        return cls(version, policy_toml, bundle_root, parse_policy(policy_toml))
+        """AGENT_INVALID if the policy is not one that this node understands. All instances of a version share
+        it."""
+        return _agent(version, policy_toml, bundle_root)
+
+
+@lru_cache(maxsize=256)
+def _agent(version: str, policy_toml: str, bundle_root: str) -> Agent:
+    return Agent(version, policy_toml, bundle_root, parse_policy(policy_toml))
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,10 +109,10 @@ class Effects:
         self.key = key
         self.epoch = epoch
         self._control = control
-        self._unfinished: set[str] | None = None  # not known: an earlier daemon of this node woke it
+        self._unfinished: tuple[str, ...] | None = None  # not known: an earlier daemon of this node woke it
 
     def woken(self, unfinished: Sequence[str]) -> None:
-        self._unfinished = set(unfinished)
+        self._unfinished = tuple(unfinished)
 
     async def of_turn(self, turn_id: str, timer: str, jail: Jail, tell: Tell) -> TurnCalls:
         """`timer`: the name of the one that started it, if any. `tell` sends the agent an answer."""
@@ -127,7 +127,7 @@ class Effects:
     def ended(self, turn_id: str) -> None:
         """The turn is committed, and its journal gone."""
         if self._unfinished is not None:
-            self._unfinished.discard(turn_id)
+            self._unfinished = tuple(other for other in self._unfinished if other != turn_id)
 
     async def write(self, turn_id: str, calls: Sequence[Call], seconds: float) -> Sequence[Call]:
         return await retry_until(

@@ -69,7 +69,7 @@ class Instance:
         self._behind = Behind(self._lost_behind)
         self._evicted: str | None = None  # why
         self._queued = 0  # turns, with the one that runs
-        self._tasks: TurnTasks | None = None  # of the last turn
+        self._tasks: TurnTasks | None = None  # of the turn that runs
         self._effects = Effects(key, epoch, parts.control)
 
     def __repr__(self) -> str:
@@ -202,10 +202,13 @@ class Instance:
             asked.deltas.hold()
         turn = asked.turn
         self._tasks = tasks = self._parts.tasks.of_turn(live.agent, live.jail, turn.id)
-        calls = await self._effects.of_turn(turn.id, turn.timer, live.jail, tasks.tell)
-        failpoint("node.turn.before_agent")
-        speaking = speaker_of(run).turn(live.jail, turn, asked.deltas, tasks, calls, run.turn_timeout)
-        reply = await calls.around(speaking)
+        try:
+            calls = await self._effects.of_turn(turn.id, turn.timer, live.jail, tasks.tell)
+            failpoint("node.turn.before_agent")
+            speaking = speaker_of(run).turn(live.jail, turn, asked.deltas, tasks, calls, run.turn_timeout)
+            reply = await calls.around(speaking)
+        finally:
+            self._tasks = None
         await self._behind.wait()
         if error := self._setback():
             raise error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import resource
 import time
 
 from edge_agent.jail import cgroups, file_service, seccomp, spawn, spawn_shell, spawn_zygote
@@ -21,6 +22,7 @@ from edge_agent.jail.wright import Job, Tools, Wright
 log = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 5.0
+_DESCRIPTORS = 1 << 16  # as many as the unit of systemd allows
 _JOBS: dict[bytes, Job] = {
     spawn.MAKE_INIT: spawn.make_init,
     spawn_shell.MAKE_SHELL: spawn_shell.make_shell,
@@ -36,6 +38,7 @@ def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
     seccomp.agent_filter()
     seccomp.zygote_filter()
     lock, groups = _take_over(config)
+    raise_descriptors()
     try:
         trash = directories.prepare()
     except OSError as error:
@@ -52,6 +55,13 @@ def run(config: JailerConfig, daemon_argv: tuple[str, ...]) -> None:
         wright.close()
         groups.close()
         os.close(lock)
+
+
+def raise_descriptors() -> None:
+    """Thousands of jails take some each, here and in the daemon, which inherits the limit. The usual soft one
+    is low for the sake of programs that call select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _DESCRIPTORS)), hard))
 
 
 def _tell_limits(groups: Cgroups, directories: Directories) -> None:

@@ -80,8 +80,6 @@ class JailedAgent:
         self._control = Calls(socket.socket(fileno=control))
         self._turns = TurnSocket(socket.socket(fileno=turns))
         self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        self._files = RemoteFiles(self._ask_init)
-        self._network = RemoteNetwork(self._ask_init)
         self._guarded: dict[int, Callable[[], None]] = {}  # by inode
 
     def __repr__(self) -> str:
@@ -94,7 +92,7 @@ class JailedAgent:
 
     @property
     def files(self) -> RemoteFiles:
-        return self._files
+        return RemoteFiles(self._ask_init)
 
     @property
     def ended(self) -> bool:
@@ -123,10 +121,10 @@ class JailedAgent:
         return await self._or_gone(self._turns.receive())
 
     async def listen(self, port: int) -> socket.socket:
-        return await self._network.listen(port)
+        return await RemoteNetwork(self._ask_init).listen(port)
 
     async def connect(self, port: int) -> socket.socket:
-        return await self._network.connect(port)
+        return await RemoteNetwork(self._ask_init).connect(port)
 
     async def freeze(self) -> None:
         await self._ask_jailer(protocol.Freeze(self._jail_id))

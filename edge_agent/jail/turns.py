@@ -33,7 +33,7 @@ class TurnSocket:
         self._in = bytearray()
         self._mark = 0
         self._over = False
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: list[asyncio.Future[None]] = []  # a sender and a receiver, at most
 
     @property
     def torn(self) -> bool:
@@ -122,12 +122,12 @@ class TurnSocket:
             raise TurnsEnded
         ready: asyncio.Future[None] = self._loop.create_future()
         fd = self._sock.fileno()
-        self._waiting.add(ready)
+        self._waiting.append(ready)
         add(fd, lambda: None if ready.done() else ready.set_result(None))
         try:
             await ready
         finally:
-            self._waiting.discard(ready)
+            self._waiting.remove(ready)
             remove(fd)
 
     def _set_mark(self, bit: int, on: bool) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,7 +15,17 @@ import pytest
 from edge_agent.jail.api import JailGone
 from shared.errors import RoostError
 from tests.support.eventually import eventually
-from tests.support.jailer import ECHO, RunningJailer, alive, python, spec
+from tests.support.jailer import (
+    ECHO,
+    RunningJailer,
+    alive,
+    needs_root,
+    python,
+    running_jailer,
+    spec,
+)
+
+_SAY_LIMITS = "send('{} {}'.format(*resource.getrlimit(resource.RLIMIT_NOFILE)).encode())\n" + ECHO
 
 
 async def test_kill_leaves_no_process_cgroup_or_namespace(jailer: RunningJailer) -> None:
@@ -32,6 +44,27 @@ async def test_kill_leaves_no_process_cgroup_or_namespace(jailer: RunningJailer)
     for i in range(5):
         await (await jailer.jails.make(spec(f"b{i}", python(ECHO)))).kill()
     assert await _open_fds(jailer) == open_fds, "the jailer keeps no descriptor of a jail that ended"
+
+
+@needs_root
+async def test_a_node_may_have_many_descriptors_and_an_agent_as_many_as_usual() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1000), hard))  # the usual soft limit is 1,024
+    try:
+        async with running_jailer() as jailer:
+            jail = await jailer.jails.make(spec("a", python("import resource; recv()\n" + _SAY_LIMITS)))
+            await jail.start()
+            await jail.send(b"?")
+            assert await jail.receive() == b"1024 1024"
+            for pid in (jailer.process.pid, jailer.daemon_pid):
+                (line,) = (li for li in _limits(pid) if li.startswith("Max open files"))
+                assert line.split()[3:5] == [str(min(hard, 1 << 16)), str(hard)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _limits(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/limits").read_text().splitlines()
 
 
 async def _open_fds(jailer: RunningJailer) -> int:
