@@ -9,16 +9,20 @@ release: the jail is ended too. When the *jailer* is killed the kernel lets the 
 zeros, in the moment in which they are killed as well; what they make of it is committed by nobody, since a
 commit takes a freeze, which the jailer does. truncate(2) by path opens nothing: who fills finds out. A file
 that has lost its last name has lost its mark, too, so who kept an O_PATH descriptor of it reads zeros: it is
-in no state any more. Those who wait take a descriptor each, so there are at most _WAITING.
+in no state any more. Guarded files take a descriptor each, and so do those who wait: of a jail there are at
+most _FILES and _WAITING, and of all jails as many of each as a quarter of our descriptors. Beyond that no
+file is guarded, and the jail of which most wait is ended.
 
 Method: fanotify permission events on inodes (`man 7 fanotify`), which need CAP_SYS_ADMIN. There is one group
-for all jails, never closed: that would wait for all who wait in it, and they may be frozen.
+for all jails, never closed: that would wait for all who wait in it, and they may be frozen. Its marks are
+bounded by us alone, not by fs.fanotify.max_user_marks, which others may use up.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import resource
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,15 +37,24 @@ from edge_agent.jail.protocol import Guard, OfFile, Refused
 
 log = logging.getLogger(__name__)
 
-_FILES = 128  # guarded at a time, in one jail
+_FILES = 1024  # guarded at a time, in one jail
 _WAITING = 1024  # opens of one jail, whose processes may have ended meanwhile
+
+
+@dataclass(slots=True)
+class _Of:
+    """A jail that has guarded files, `inodes`. `waiting`: how many opens of all of them."""
+
+    cell: Cell
+    inodes: set[int] = field(default_factory=set)
+    waiting: int = 0
 
 
 @dataclass(slots=True)
 class _Guarded:
     """A file of a jail. `fd` is ours. `waiting`: who wants to open it, a descriptor of ours and a process."""
 
-    cell: Cell
+    of: _Of
     fd: int
     waiting: dict[int, int] = field(default_factory=dict)
 
@@ -81,10 +94,12 @@ class Guards:
         self._end = end
         self._group: _Group | None = None
         self._guarded: dict[int, _Guarded] = {}  # by inode
+        self._jails: dict[str, _Of] = {}  # by id; none without guarded files
+        self._waiting = 0  # opens of all jails
 
     def has(self, cell: Cell) -> bool:
         """Does it have a file that was not released?"""
-        return bool(self._of(cell))
+        return cell.jail_id in self._jails
 
     def of_file(self, cell: Cell | None, request: OfFile, fds: tuple[int, ...]) -> None:
         """Refused, or OSError if the kernel can't. The descriptor stays the caller's."""
@@ -100,11 +115,9 @@ class Guards:
 
     def forget(self, cell: Cell) -> None:
         """Its processes have ended."""
-        for inode in self._of(cell):
-            self._release(inode)
-
-    def _of(self, cell: Cell) -> list[int]:
-        return [inode for inode, guarded in self._guarded.items() if guarded.cell is cell]
+        if of := self._jails.get(cell.jail_id):
+            for inode in list(of.inodes):
+                self._release(inode)
 
     def _inode(self, cell: Cell, fd: int) -> int:
         status = os.fstat(fd)
@@ -114,18 +127,23 @@ class Guards:
         return status.st_ino
 
     def _guard(self, cell: Cell, inode: int, fd: int) -> None:
-        if len(self._of(cell)) >= _FILES:
+        of = self._jails.get(cell.jail_id) or _Of(cell)
+        if len(of.inodes) >= _FILES:
             raise Refused(f"{_FILES} files of jail {cell.jail_id} are guarded already")
+        if len(self._guarded) >= (most := _most_of_all()):
+            raise Refused(f"{most} files of this node's jails are guarded already")
         if self._group is None:
             group = self._group = _Group(kernel.watch_opens())
             self._loop.watch(group, lambda: self._hear(group))
-        guarded = _Guarded(cell, os.dup(fd))
+        guarded = _Guarded(of, os.dup(fd))
         try:
             kernel.mark_file(self._group.fd, guarded.fd, marked=True)
         except OSError:
             os.close(guarded.fd)
             raise
         self._guarded[inode] = guarded
+        of.inodes.add(inode)
+        self._jails[cell.jail_id] = of
 
     def _hear(self, group: _Group) -> None:
         for fd, pid in kernel.waiting_opens(group.fd):
@@ -133,26 +151,33 @@ class Guards:
                 continue  # the kernel has refused it
             inode = os.fstat(fd).st_ino
             guarded = self._guarded.get(inode)
-            if guarded is None or pid in (guarded.cell.pid, self._files()):
+            if guarded is None or pid in (guarded.of.cell.pid, self._files()):
                 group.allow(fd)
                 continue
             if not guarded.waiting:
-                self._tell({"event": "opening", "jail_id": guarded.cell.jail_id, "inode": inode})
+                self._tell({"event": "opening", "jail_id": guarded.of.cell.jail_id, "inode": inode})
             guarded.waiting[fd] = pid
-            self._check(guarded.cell, group)
+            self._count(guarded, 1)
+            if guarded.of.waiting > _WAITING:
+                self._thin_out(guarded.of, group)
+            elif self._waiting > _most_of_all():
+                self._thin_out(max(self._jails.values(), key=lambda of: of.waiting), group)
 
-    def _check(self, cell: Cell, group: _Group) -> None:
-        """Forgets who was killed while it waited, when there are many."""
-        guarded = [self._guarded[inode] for inode in self._of(cell)]
-        if sum(len(one.waiting) for one in guarded) <= _WAITING:
-            return
-        for one in guarded:
-            for fd in [fd for fd, pid in one.waiting.items() if not kernel.exists(pid)]:
-                del one.waiting[fd]
+    def _thin_out(self, of: _Of, group: _Group) -> None:
+        """Forgets who was killed while it waited; if that was nobody, the jail must end."""
+        before = of.waiting
+        for guarded in map(self._guarded.__getitem__, of.inodes):
+            for fd in [fd for fd, pid in guarded.waiting.items() if not kernel.exists(pid)]:
+                del guarded.waiting[fd]
+                self._count(guarded, -1)
                 group.allow(fd)
-        if sum(len(one.waiting) for one in guarded) > _WAITING:
-            log.warning("jail %s is ended: more than %d of it wait for files", cell.jail_id, _WAITING)
-            self._end(cell)
+        if of.waiting == before:
+            log.warning("jail %s is ended: %d opens of it wait for files", of.cell.jail_id, of.waiting)
+            self._end(of.cell)
+
+    def _count(self, guarded: _Guarded, opens: int) -> None:
+        guarded.of.waiting += opens
+        self._waiting += opens
 
     def _release(self, inode: int) -> None:
         guarded = self._guarded.pop(inode, None)
@@ -161,5 +186,14 @@ class Guards:
         with suppress(FileNotFoundError):  # it went with the file's last name
             kernel.mark_file(self._group.fd, guarded.fd, marked=False)
         os.close(guarded.fd)
+        self._count(guarded, -len(guarded.waiting))
         for waiting in guarded.waiting:
             self._group.allow(waiting)
+        guarded.of.inodes.discard(inode)
+        if not guarded.of.inodes:
+            del self._jails[guarded.of.cell.jail_id]
+
+
+def _most_of_all() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft // 4

@@ -50,7 +50,8 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _CAP_VERSION_3 = 0x20080522
-_FAN_CLOEXEC, _FAN_NONBLOCK, _FAN_CLASS_CONTENT, _FAN_UNLIMITED_QUEUE = 0x01, 0x02, 0x04, 0x10
+_FAN_CLOEXEC, _FAN_NONBLOCK, _FAN_CLASS_CONTENT = 0x01, 0x02, 0x04
+_FAN_UNLIMITED_QUEUE, _FAN_UNLIMITED_MARKS = 0x10, 0x20
 _FAN_MARK_ADD, _FAN_MARK_REMOVE, _FAN_OPEN_PERM = 0x01, 0x02, 0x10000
 _FAN_EVENT = struct.Struct("=IBBHQii")  # length, version, reserved, length of the header, mask, fd, pid
 _FAN_RESPONSE = struct.Struct("=iI")
@@ -217,7 +218,7 @@ def quotactl(directory: int, command: int, uid: int, data: bytearray) -> None:
 def watch_opens() -> int:
     """A fanotify group: whoever opens a file that is marked in it waits until that is allowed, or until the
     group is closed."""
-    flags = _FAN_CLOEXEC | _FAN_NONBLOCK | _FAN_CLASS_CONTENT | _FAN_UNLIMITED_QUEUE
+    flags = _FAN_CLOEXEC | _FAN_NONBLOCK | _FAN_CLASS_CONTENT | _FAN_UNLIMITED_QUEUE | _FAN_UNLIMITED_MARKS
     return _checked(_libc.fanotify_init(ctypes.c_uint(flags), ctypes.c_uint(os.O_RDONLY | os.O_CLOEXEC)))
 
 

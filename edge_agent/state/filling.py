@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from shared.manifest import FileNode
 
 FROM_BYTES = 32 << 20  # to be written in all: below it takes less time than a turn
 LARGE = 1 << 20  # bytes of a file from which on it can wait
-_MOST = 128  # placeholders: each takes a descriptor here, in the jailer and in init
+_MOST = 1024  # placeholders of an instance: each takes a descriptor here, in the jailer and in init
 _PAUSE = 1.0  # seconds before it is asked again for what could not be fetched
 _PATIENCE = 30.0  # seconds of that
 
@@ -55,27 +56,31 @@ class _Placeholder:
     wanted: bool = False
 
 
-def choose(nodes: Sequence[FileNode]) -> list[FileNode]:
+def choose(nodes: Sequence[FileNode], most: int = _MOST) -> list[FileNode]:
     """Which of the files that are to be written can come later: the largest, but no programs. What we have
     open for writing can't be executed."""
     if sum(node.size for node in nodes) < FROM_BYTES:
         return []
     large = [node for node in nodes if node.size >= LARGE and not node.mode & 0o111]
-    return sorted(large, key=lambda node: node.size, reverse=True)[:_MOST]
+    return sorted(large, key=lambda node: node.size, reverse=True)[: min(most, _MOST)]
 
 
 class Lanes:
-    """How many slices a node fetches at a time, in memory: for who waits, and in the background."""
+    """What all fillings of a node share: how many slices are fetched at a time, in memory, for who waits and
+    in the background; and how many more placeholders there may be, `room`."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int | None = None) -> None:
+        """`room`: by default a quarter of the descriptors that this process may have."""
         self._waiting, self._background = asyncio.Semaphore(4), asyncio.Semaphore(2)
+        self.room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4 if room is None else room
 
     def of(self, one: _Placeholder) -> asyncio.Semaphore:
         return self._waiting if one.wanted else self._background
 
 
 class Filling:
-    """Of one tree. `place`, then `run`; `close` it in the end. While `quiet` is held nothing is written."""
+    """Of one tree. `choose`, `place` each, then `run`; `close` it in the end. While `quiet` is held nothing
+    is written."""
 
     def __init__(self, files: Files, guard: Guard, source: Source, lanes: Lanes) -> None:
         self.quiet = asyncio.Lock()
@@ -84,6 +89,7 @@ class Filling:
         self._guard = guard
         self._source = source
         self._lanes = lanes
+        self._taken = 0  # of the room of all
         self._placeholders: dict[int, _Placeholder] = {}  # by inode
         self._filled = Index(boot_id(), uploaded=True)
         self._changed = asyncio.Event()  # set, and taken over by another, when one is filled
@@ -92,6 +98,16 @@ class Filling:
     @property
     def unfinished(self) -> bool:
         return bool(self._placeholders)
+
+    def choose(self, nodes: Sequence[FileNode]) -> list[FileNode]:
+        """Those that are to come later: for them there is room, until they are filled."""
+        chosen = choose(nodes, self._lanes.room)
+        self._take(len(chosen))
+        return chosen
+
+    def _take(self, room: int) -> None:
+        self._taken += room
+        self._lanes.room -= room
 
     async def place(self, node: FileNode) -> Known:
         """JAIL_FAILED if this machine can't hold up who opens a file: then nothing can come later."""
@@ -104,6 +120,8 @@ class Filling:
                 Entry(node.path, Kind.FILE, node.mode, mtime_ns=node.mtime_ns), more=True
             )
         except BaseException:
+            with suppress(Exception):  # it may not be guarded
+                await self._guard.release(fd)
             os.close(fd)
             raise
         self._placeholders[one.inode] = one
@@ -152,6 +170,7 @@ class Filling:
         for one in self._placeholders.values():
             os.close(one.fd)
         self._placeholders.clear()
+        self._take(-self._taken)
 
     def _want(self, one: _Placeholder) -> None:
         one.wanted = True
@@ -188,6 +207,7 @@ class Filling:
         await self._guard.release(one.fd)
         del self._placeholders[one.inode]
         os.close(one.fd)
+        self._take(-1)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from edge_agent.state.files import Entry, Files, Kind
-from edge_agent.state.filling import Filling, choose
+from edge_agent.state.filling import Filling
 from edge_agent.state.index import Index, Known, boot_id
 from edge_agent.state.source import Source, incomplete
 from edge_agent.state.threads import each_of, in_thread
@@ -95,7 +95,7 @@ async def restore(
     empty directory.
     """
     steps = plan(await files.scan(), target, index)
-    deferred = choose(steps.write) if later else []
+    deferred = later.choose(steps.write) if later else []
     paths = {node.path for node in deferred}
     write_now = [node for node in steps.write if node.path not in paths]
     try:
@@ -116,9 +116,12 @@ async def restore(
             known[node.path] = Known.of_untouched(made, node.chunks)
 
         await each_of(write_now, _WRITES, write)
-        for node in deferred:
+
+        async def place(node: FileNode) -> None:
             assert later is not None
             known[node.path] = await later.place(node)
+
+        await each_of(deferred, _WRITES, place)
         for link in steps.links:
             await files.make_link(Entry(link.path, Kind.LINK, 0o777, target=link.target))
         for entry in steps.lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -142,14 +143,61 @@ async def test_a_guarded_file_that_loses_its_name_harms_nobody(jailer: RunningJa
 
 async def test_only_so_many_are_guarded(jailer: RunningJailer) -> None:
     jail = await jailer.jails.make(spec("a", python(ECHO)))
-    fds = [await jail.files.open_write(f"large-{n}") for n in range(129)]
+    await _guards_until_refused(jail, 1024, "1024 files of jail a")
+
+
+async def test_only_so_many_are_guarded_in_all(jailer: RunningJailer) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.prlimit(jailer.process.pid, resource.RLIMIT_NOFILE, (800, hard))
+    jails = [await jailer.jails.make(spec(name, python(ECHO))) for name in "ab"]
+    async with guarded(jails[0]) as (fd, _):
+        await _guards_until_refused(jails[1], 199, "200 files of this node")
+        await fill(jails[0], fd)
+    await _guards_until_refused(jails[1], 200, "200 files of this node")
+
+
+async def _guards_until_refused(jail: Jail, most: int, why: str) -> None:
+    fds = [await jail.files.open_write(f"large-{n}") for n in range(most + 1)]
     for fd in fds[:-1]:
         await jail.guard(fd, lambda: None)
-    with pytest.raises(RoostError, match="128 files"):
+    with pytest.raises(RoostError, match=why):
         await jail.guard(fds[-1], lambda: None)
     for fd in fds:
         await jail.release(fd)
         os.close(fd)
+
+
+# So many children wait for the file at a time.
+CROWD = """
+import os, time
+for _ in range(int(recv())):
+    if os.fork() == 0:
+        open("/state/large", "rb")
+        os._exit(0)
+send(b"done")
+time.sleep(1000)
+"""
+
+
+async def test_the_jail_of_which_most_wait_is_ended_when_there_are_too_many(jailer: RunningJailer) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.prlimit(jailer.process.pid, resource.RLIMIT_NOFILE, (4 * 25, hard))
+    few, many = [await jailer.started("exec", name, CROWD) for name in ("few", "many")]
+    async with guarded(few) as (fd, opening), guarded(many), asyncio.timeout(20):
+        await few.send(b"2")
+        await few.receive()
+        await opening.wait()
+        await many.send(b"25")
+        await eventually(lambda: many.ended, 10)
+        assert not few.ended
+        await fill(few, fd)
+    again = await jailer.started("exec", "again", CROWD)
+    async with guarded(again) as (fd, opening), asyncio.timeout(20):
+        await again.send(b"20")
+        await again.receive()
+        await opening.wait()
+        await fill(again, fd)
+        assert not again.ended, "those of the others count no more"
 
 
 async def test_the_jailer_keeps_no_descriptor_of_what_was_guarded(jailer: RunningJailer) -> None:
