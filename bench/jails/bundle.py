@@ -1,4 +1,4 @@
-"""The agent that is started, with its framework beside it, as a bundle and as a plain directory."""
+"""The agent that is started, with its framework in `site-packages`, as a bundle and as a plain directory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shared.wheels import VENDORED
+
 AGENT = Path(__file__).parents[1] / "agents" / "assistant"
 _CACHE = Path(__file__).parents[2] / ".cache" / "bench"
 _FRAMEWORK = "pydantic-ai-slim>=1,<3"
@@ -15,10 +17,10 @@ _FRAMEWORK = "pydantic-ai-slim>=1,<3"
 
 def assemble(directory: Path) -> Path:
     """The agent's directory in `directory`, for anybody to read. Byte-compiled, which matters to those who
-    run it from there: a bundle leaves that out."""
+    run it from there: a bundle leaves that out, and nodes compile its packages once for a version."""
     agent = directory / "assistant"
     shutil.copytree(AGENT, agent)
-    shutil.copytree(_framework(), agent / "framework")
+    shutil.copytree(_framework(), agent / VENDORED)
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(agent)], check=True)
     subprocess.run(["chmod", "-R", "a+rX", str(agent)], check=True)
     return agent

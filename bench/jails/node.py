@@ -179,6 +179,12 @@ class Node:
         self._users = itertools.count()
         self._running = asyncio.create_task(self._starting.run(), name="starts")
 
+    async def prepare(self) -> None:
+        """Has the agents' files, and their packages compiled, as it does before a version's first start."""
+        for agent in self.agents.values():
+            await self._parts.state.bundles.ensure(agent.version, agent.bundle_root)
+            await self._parts.packages.ensure(agent, lambda text: None)
+
     async def stop(self) -> None:
         """It parks no more jails, and ends none."""
         self._running.cancel()
@@ -245,6 +251,7 @@ async def running_node(policy_toml: str, bundle: Bundle, directory: Path) -> Asy
         await jailer.start()
         node = Node(jailer, agents, bundle)
         try:
+            await node.prepare()
             yield node
         finally:
             await node.close()

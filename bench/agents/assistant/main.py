@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
-
-sys.path.insert(0, "/agent/framework")
 
 from assistant import LOOP, reply
 

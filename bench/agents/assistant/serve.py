@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 here = Path(__file__).parent
-sys.path[:0] = [str(here), str(here / "framework")]
+sys.path[:0] = [str(here), str(here / "site-packages")]
 
 from assistant import reply  # noqa: E402
 
