@@ -19,15 +19,17 @@ from shared.identity import InstanceKey
 
 log = logging.getLogger(__name__)
 
-_SERVED_SECONDS = 60.0  # that a snapshot waits for those who wait for files
 _THEIR_FAULT = frozenset({Reason.TURN_TIMEOUT, Reason.AGENT_START_FAILED})  # they took too long
 
 
 class Filler:
-    def __init__(self, key: InstanceKey) -> None:
+    """`served_seconds`: that a snapshot waits for those who wait for files."""
+
+    def __init__(self, key: InstanceKey, served_seconds: float = 60.0) -> None:
         self.failure: RoostError | None = None
         self.may = True  # files come later, at the next start
         self._key = key
+        self._served_seconds = served_seconds
         self._filling: Filling | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -53,7 +55,7 @@ class Filler:
         if filling is None:
             return
         try:
-            async with asyncio.timeout(_SERVED_SECONDS):
+            async with asyncio.timeout(self._served_seconds):
                 await filling.served()
         except TimeoutError:
             self.failure = self.failure or self._late()

@@ -2,8 +2,9 @@
 
 Always true: who asks is known from the socket, which lies in that jail's network alone; nothing leaves while
 `may_leave` says no, and what was under way then is broken off. More connections than `MOST` wait in the
-kernel until others end, and no more than `_RATE` come in a second, so a jail that asks without end costs the
-node little. How it can fail: each refusal is answered, counted and logged, with a bound on the lines.
+kernel until others end, and no more than `Bounds.rate` come in a second, so a jail that asks without end
+costs the node little. How it can fail: each refusal is answered, counted and logged, with a bound on the
+lines.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from edge_agent.egress import sni
 from edge_agent.egress.credentials import Credentials
@@ -35,14 +37,24 @@ from shared.network_policy import NetworkSection, is_address
 log = logging.getLogger(__name__)
 
 MOST = 128  # connections of a jail at the same time
-_RATE = 200  # new connections a second
-_HEAD_SECONDS = 10.0  # for a request's head, and for a ClientHello
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20  # for what an agent still sends when it was answered
 _LOG_LINES, _LOG_SECONDS = 50, 10.0
 _CHUNK = 1 << 16
 _ALERT = bytes((21, 3, 1, 0, 2, 2, 112))  # TLS: fatal, unrecognized_name
 
 ALLOWED = "allowed"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of one jail's connections."""
+
+    rate: int = 200  # new ones a second
+    head_seconds: float = 10.0  # for a request's head, and for a ClientHello
+    idle_seconds: float = 300.0  # without a byte in either direction: models may think for long
+
+
+USUAL = Bounds()
 
 
 class Gate:
@@ -57,6 +69,7 @@ class Gate:
         outside: Outside,
         credentials: Credentials,
         slots: asyncio.Semaphore,
+        bounds: Bounds = USUAL,
     ) -> None:
         self.key = key
         self.counts: Counter[str] = Counter()  # of decisions: ALLOWED, or a Why
@@ -67,6 +80,7 @@ class Gate:
         self._outside = outside
         self._credentials = credentials
         self._node_slots = slots
+        self._bounds = bounds
         self._slots = asyncio.Semaphore(MOST)
         self._connections: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
         self._lines = 0
@@ -120,7 +134,7 @@ class Gate:
             if loop.time() - window >= 1.0:
                 window, taken = loop.time(), 0
             taken += 1
-            if taken >= _RATE:
+            if taken >= self._bounds.rate:
                 await asyncio.sleep(window + 1.0 - loop.time())
 
     def _served(self, task: asyncio.Task[None]) -> None:
@@ -145,7 +159,7 @@ class Gate:
         self._keep(inside[1])
         said = "what is no request"
         try:
-            request = read_request(await _read_head(inside[0]))
+            request = read_request(await _read_head(inside[0], self._bounds.head_seconds))
             said = _in_words(request)
             target = decide(request.asked, self._network)
             self._check()
@@ -173,9 +187,9 @@ class Gate:
         self._keep(outside[1])
         inside[1].write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         try:
-            hello = await _read_hello(inside[0], target.host)
+            hello = await _read_hello(inside[0], target.host, self._bounds.head_seconds)
             self._allowed(said)
-            async with Motion(self._check) as motion:
+            async with Motion(self._check, self._bounds.idle_seconds) as motion:
                 motion.moved()
                 outside[1].write(hello)
                 self.traffic.out += len(hello)
@@ -199,7 +213,7 @@ class Gate:
         self._keep(outside[1])
         self._allowed(said)
         scrubber = Scrubber(addition.secret) if addition else None
-        motion = Motion(self._check)
+        motion = Motion(self._check, self._bounds.idle_seconds)
         exchange = Exchange(inside, request.inside, motion, self.traffic, scrubber)
         try:
             async with motion:
@@ -258,10 +272,10 @@ async def _streams(sock: socket.socket) -> Streams:
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
-async def _read_head(reader: asyncio.StreamReader) -> bytes:
+async def _read_head(reader: asyncio.StreamReader, seconds: float) -> bytes:
     """ConnectionError if the agent leaves before."""
     try:
-        async with asyncio.timeout(_HEAD_SECONDS):
+        async with asyncio.timeout(seconds):
             return await reader.readuntil(b"\r\n\r\n")
     except asyncio.LimitOverrunError:
         raise Denied(
@@ -271,16 +285,16 @@ async def _read_head(reader: asyncio.StreamReader) -> bytes:
         raise ConnectionResetError from None
     except TimeoutError:
         raise Denied(
-            Why.BAD_REQUEST, f"the request's line and headers did not come in {_HEAD_SECONDS:g} s"
+            Why.BAD_REQUEST, f"the request's line and headers did not come in {seconds:g} s"
         ) from None
 
 
-async def _read_hello(reader: asyncio.StreamReader, host: str) -> bytes:
+async def _read_hello(reader: asyncio.StreamReader, host: str, seconds: float) -> bytes:
     """The beginning of a TLS connection to `host`. Denied for anything else, ConnectionError for nothing."""
     data = b""
     hello = None
     try:
-        async with asyncio.timeout(_HEAD_SECONDS):
+        async with asyncio.timeout(seconds):
             while hello is None:
                 more = await reader.read(sni.MAX_HELLO - len(data))
                 if not more:
@@ -290,7 +304,7 @@ async def _read_hello(reader: asyncio.StreamReader, host: str) -> bytes:
     except sni.NotTls as error:
         raise Denied(Why.NOT_TLS, f"tunnels are for TLS alone: {error}") from error
     except TimeoutError:
-        raise Denied(Why.NOT_TLS, f"TLS did not begin in {_HEAD_SECONDS:g} s") from None
+        raise Denied(Why.NOT_TLS, f"TLS did not begin in {seconds:g} s") from None
     if hello.name != host and not (hello.name is None and is_address(host)):
         told = "no server" if hello.name is None else hello.name[:200]
         raise Denied(

@@ -17,7 +17,6 @@ from edge_agent.egress.messages import MAX_ANSWER_HEAD, Scrubber, response_to_se
 from edge_agent.egress.outside import Streams
 from edge_agent.egress.rules import Denied, Why
 
-IDLE_SECONDS = 300.0  # without a byte in either direction: models may think for long
 _CHUNK = 1 << 16
 
 
@@ -33,9 +32,10 @@ class Motion:
     """What both directions of a connection share: `check` before every chunk, and a deadline that each moves.
     Used as a block, which ends with TimeoutError when nothing has moved for too long."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
+    def __init__(self, check: Callable[[], None], idle_seconds: float) -> None:
         self._check = check
-        self._timeout = asyncio.timeout(IDLE_SECONDS)
+        self._idle_seconds = idle_seconds
+        self._timeout = asyncio.timeout(idle_seconds)
 
     async def __aenter__(self) -> Motion:
         await self._timeout.__aenter__()
@@ -48,7 +48,7 @@ class Motion:
 
     def moved(self) -> None:
         self._check()
-        self._timeout.reschedule(asyncio.get_running_loop().time() + IDLE_SECONDS)
+        self._timeout.reschedule(asyncio.get_running_loop().time() + self._idle_seconds)
 
 
 async def tunnel(inside: Streams, outside: Streams, motion: Motion, traffic: Traffic) -> None:

@@ -12,14 +12,15 @@ from edge_agent.jail.remote_files import Ask
 from shared.errors import Reason, RoostError
 
 _SECONDS = 10.0  # init's answer
-CONNECT_SECONDS = 5.0
 
 
 class RemoteNetwork:
-    """`ask` sends a request to init; JailGone comes from there."""
+    """`ask` sends a request to init; JailGone comes from there. `connect_seconds`: until who listens inside
+    accepts."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Ask, connect_seconds: float = 5.0) -> None:
         self._ask = ask
+        self._connect_seconds = connect_seconds
 
     async def listen(self, port: int) -> socket.socket:
         return await self._socket("listen", port)
@@ -27,7 +28,7 @@ class RemoteNetwork:
     async def connect(self, port: int) -> socket.socket:
         sock = await self._socket("connect", port)
         try:
-            await _connected(sock, port)
+            await _connected(sock, port, self._connect_seconds)
         except BaseException:
             sock.close()
             raise
@@ -47,17 +48,15 @@ class RemoteNetwork:
         return sock
 
 
-async def _connected(sock: socket.socket, port: int) -> None:
+async def _connected(sock: socket.socket, port: int, seconds: float) -> None:
     loop = asyncio.get_running_loop()
     writable = asyncio.Event()
     loop.add_writer(sock, writable.set)
     try:
-        async with asyncio.timeout(CONNECT_SECONDS):
+        async with asyncio.timeout(seconds):
             await writable.wait()
     except TimeoutError:
-        raise TimeoutError(
-            f"whoever listens at port {port} inside did not accept in {CONNECT_SECONDS:g} s"
-        ) from None
+        raise TimeoutError(f"whoever listens at port {port} inside did not accept in {seconds:g} s") from None
     finally:
         loop.remove_writer(sock)
     problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -32,8 +32,6 @@ from shared.manifest import FileNode
 FROM_BYTES = 32 << 20  # to be written in all: below it takes less time than a turn
 LARGE = 1 << 20  # bytes of a file from which on it can wait
 _MOST = 1024  # placeholders of an instance: each takes a descriptor here, in the jailer and in init
-_PAUSE = 1.0  # seconds before it is asked again for what could not be fetched
-_PATIENCE = 30.0  # seconds of that
 
 
 class Guard(Protocol):
@@ -56,10 +54,10 @@ class _Placeholder:
     wanted: bool = False
 
 
-def choose(nodes: Sequence[FileNode], most: int = _MOST) -> list[FileNode]:
+def choose(nodes: Sequence[FileNode], most: int = _MOST, from_bytes: int = FROM_BYTES) -> list[FileNode]:
     """Which of the files that are to be written can come later: the largest, but no programs. What we have
     open for writing can't be executed."""
-    if sum(node.size for node in nodes) < FROM_BYTES:
+    if sum(node.size for node in nodes) < from_bytes:
         return []
     large = [node for node in nodes if node.size >= LARGE and not node.mode & 0o111]
     return sorted(large, key=lambda node: node.size, reverse=True)[: min(most, _MOST)]
@@ -67,11 +65,20 @@ def choose(nodes: Sequence[FileNode], most: int = _MOST) -> list[FileNode]:
 
 class Lanes:
     """What all fillings of a node share: how many slices are fetched at a time, in memory, for who waits and
-    in the background; and how many more placeholders there may be, `room`."""
+    in the background; how many more placeholders there may be, `room`."""
 
-    def __init__(self, room: int | None = None) -> None:
-        """`room`: by default a quarter of the descriptors that this process may have."""
+    def __init__(
+        self,
+        room: int | None = None,
+        from_bytes: int = FROM_BYTES,
+        pause: float = 1.0,
+        patience: float = 30.0,
+    ) -> None:
+        """`room`: by default a quarter of the descriptors that this process may have. `from_bytes`: see
+        `choose`. A store is asked again every `pause` seconds for what can't be fetched, for `patience`
+        seconds."""
         self._waiting, self._background = asyncio.Semaphore(4), asyncio.Semaphore(2)
+        self.from_bytes, self.pause, self.patience = from_bytes, pause, patience
         self.room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4 if room is None else room
 
     def of(self, one: _Placeholder) -> asyncio.Semaphore:
@@ -101,7 +108,7 @@ class Filling:
 
     def choose(self, nodes: Sequence[FileNode]) -> list[FileNode]:
         """Those that are to come later: for them there is room, until they are filled."""
-        chosen = choose(nodes, self._lanes.room)
+        chosen = choose(nodes, self._lanes.room, self._lanes.from_bytes)
         self._take(len(chosen))
         return chosen
 
@@ -214,7 +221,7 @@ class Filling:
     async def _fetch(self, one: _Placeholder) -> list[Blob]:
         hashes = one.node.chunks[one.done : one.done + AT_ONCE]
         loop = asyncio.get_running_loop()
-        until = loop.time() + _PATIENCE
+        until = loop.time() + self._lanes.patience
         while True:
             try:
                 async with self._lanes.of(one):
@@ -222,7 +229,7 @@ class Filling:
             except RoostError as error:
                 if error.remedy is not Remedy.RETRY or loop.time() > until:
                     raise
-            await asyncio.sleep(_PAUSE)
+            await asyncio.sleep(self._lanes.pause)
 
 
 def _append(fd: int, blobs: Sequence[Blob]) -> None:

@@ -7,8 +7,9 @@ import socket
 
 import pytest
 
-from edge_agent.jail import remote_network
 from edge_agent.jail.api import Jail, JailSpec
+from edge_agent.jail.client import JailedAgent
+from edge_agent.jail.remote_network import RemoteNetwork
 from shared.errors import RoostError
 from tests.support.jailer import LIMITS, RunningJailer, python, spec
 
@@ -71,9 +72,7 @@ async def test_a_port_that_the_agent_took_is_not_given(jailer: RunningJailer) ->
     assert "listens there" in refused.value.hint
 
 
-async def test_an_agent_that_does_not_accept_holds_up_only_who_calls_it(
-    jailer: RunningJailer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_agent_that_does_not_accept_holds_up_only_who_calls_it(jailer: RunningJailer) -> None:
     code = """
 listening = socket.socket()
 listening.bind(("127.0.0.1", 4000))
@@ -83,12 +82,13 @@ recv()
 """
     jail = await jailer.started("exec", "a", code)
     assert await jail.receive() == b"deaf"
-    monkeypatch.setattr(remote_network, "CONNECT_SECONDS", 0.5)
+    assert isinstance(jail, JailedAgent)
+    network = RemoteNetwork(jail._ask_init, connect_seconds=0.5)
     peers: list[socket.socket] = []
 
     async def fill_its_queue() -> None:
         for _ in range(4):
-            peers.append(await jail.connect(4000))
+            peers.append(await network.connect(4000))
 
     with pytest.raises(TimeoutError, match="4000"):
         await fill_its_queue()

@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 
 from edge_agent.config import CredentialConfig
-from edge_agent.egress import gate, relay
 from edge_agent.egress.addresses import networks
 from edge_agent.egress.credentials import Credentials
-from edge_agent.egress.gate import ALLOWED, Gate
+from edge_agent.egress.gate import ALLOWED, MOST, USUAL, Bounds, Gate
 from edge_agent.egress.outside import Outside
 from edge_agent.egress.rules import Why
 from shared.identity import InstanceKey
@@ -88,7 +87,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def running(directory: Path) -> AsyncIterator[Bench]:
+async def running(directory: Path, bounds: Bounds = USUAL) -> AsyncIterator[Bench]:
     authority = Authority(directory)
     (directory / "openai").write_text(SECRET)
     certificate = authority.certificate("api.example.com", "b.example.com", "127.0.0.1")
@@ -139,6 +138,7 @@ async def running(directory: Path) -> AsyncIterator[Bench]:
             outside,
             Credentials(directory, (rule, missing)),
             asyncio.Semaphore(1000),
+            bounds,
         )
         trust = ssl.create_default_context(cafile=str(authority.file))
         try:
@@ -196,11 +196,9 @@ async def test_a_redirect_is_the_agents_to_follow_and_is_refused(bench: Bench) -
 
 
 @pytest.mark.parametrize(("path", "reason"), [("/garbage", Why.UPSTREAM_BROKEN), ("/silence", Why.TIMED_OUT)])
-async def test_a_target_that_answers_with_no_http(
-    bench: Bench, path: str, reason: Why, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(relay, "IDLE_SECONDS", 0.5)
-    assert await bench.refused(f"http://web.example.com:{bench.web.port}{path}") is reason
+async def test_a_target_that_answers_with_no_http(tmp_path: Path, path: str, reason: Why) -> None:
+    async with running(tmp_path, Bounds(idle_seconds=0.5)) as bench:
+        assert await bench.refused(f"http://web.example.com:{bench.web.port}{path}") is reason
 
 
 async def test_half_an_answer_does_not_look_whole(bench: Bench) -> None:
@@ -295,11 +293,11 @@ async def test_a_tunnel_is_for_tls_alone(bench: Bench, data: bytes) -> None:
     assert bench.gate.counts == {Why.NOT_TLS: 1}
 
 
-async def test_a_tunnel_in_which_nothing_is_said_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_HEAD_SECONDS", 0.3)
-    reader, writer = await bench.tunnel("api.example.com", bench.tls.port)
-    assert (await reader.read(-1))[:1] == b"\x15"
-    writer.close()
+async def test_a_tunnel_in_which_nothing_is_said_ends(tmp_path: Path) -> None:
+    async with running(tmp_path, Bounds(head_seconds=0.3)) as bench:
+        reader, writer = await bench.tunnel("api.example.com", bench.tls.port)
+        assert (await reader.read(-1))[:1] == b"\x15"
+        writer.close()
 
 
 # --- upstreams and credentials -----------------------------------------------------------------------------
@@ -389,7 +387,7 @@ async def test_a_hundred_connections_at_once(bench: Bench) -> None:
 
 
 async def test_connections_beyond_the_limit_wait_for_others_to_end(bench: Bench) -> None:
-    held = [await _endless(bench, "plain") for _ in range(gate.MOST)]
+    held = [await _endless(bench, "plain") for _ in range(MOST)]
     for reader, _ in held:
         await reader.read(10)
     waiting = asyncio.create_task(bench.get(f"http://web.example.com:{bench.web.port}/"))
@@ -414,12 +412,15 @@ async def test_a_slow_reader_fills_nobodys_memory(bench: Bench) -> None:
     writer.close()
 
 
-async def test_a_head_without_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_head_without_end(bench: Bench) -> None:
     endless = b"GET http://a.example/ HTTP/1.1\r\nX: " + b"x" * 100_000
     status, headers, _ = await bench.ask(endless)
     assert (status, headers["roost-reason"]) == (431, "HEAD_TOO_LARGE")
-    monkeypatch.setattr(gate, "_HEAD_SECONDS", 0.3)
-    status, headers, _ = await bench.ask(b"GET http://a.exam")
+
+
+async def test_a_head_that_does_not_go_on(tmp_path: Path) -> None:
+    async with running(tmp_path, Bounds(head_seconds=0.3)) as bench:
+        status, headers, _ = await bench.ask(b"GET http://a.exam")
     assert (status, headers["roost-reason"]) == (400, "BAD_REQUEST")
 
 
@@ -436,12 +437,12 @@ async def test_a_flood_is_counted_but_not_logged_without_end(
     assert "secret" not in caplog.text
 
 
-async def test_connections_come_at_a_bounded_rate(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_RATE", 20)
+async def test_connections_come_at_a_bounded_rate(tmp_path: Path) -> None:
     loop = asyncio.get_running_loop()
-    began = loop.time()
-    await asyncio.gather(*(bench.get("http://evil.example/") for _ in range(50)))
-    assert loop.time() - began > 1.5
+    async with running(tmp_path, Bounds(rate=20)) as bench:
+        began = loop.time()
+        await asyncio.gather(*(bench.get("http://evil.example/") for _ in range(50)))
+        assert loop.time() - began > 1.5
 
 
 async def test_clients_that_leave_are_no_matter(bench: Bench) -> None:

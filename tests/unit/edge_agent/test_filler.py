@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from edge_agent import filler as module
 from edge_agent.filler import Filler
 from edge_agent.jail.api import Exit, JailGone
 from shared.errors import Reason, RoostError
@@ -54,8 +53,8 @@ class FakeJail:
         self.ended = True
 
 
-def begun(filling: FakeFilling, jail: FakeJail) -> Filler:
-    filler = Filler(KEY)
+def begun(filling: FakeFilling, jail: FakeJail, served_seconds: float = 60.0) -> Filler:
+    filler = Filler(KEY, served_seconds)
     filler.begin(filling, jail)  # type: ignore[arg-type]
     return filler
 
@@ -104,7 +103,7 @@ async def test_the_end_of_the_jail_is_no_failure_of_the_filling(error: Exception
     assert filler.may
 
 
-async def test_no_snapshot_is_made_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_snapshot_is_made_after_a_failure() -> None:
     filling, jail = FakeFilling(fails(LOST)), FakeJail(refuses=True)
     filler = begun(filling, jail)
     async with filling.quiet:
@@ -155,13 +154,17 @@ async def test_who_waits_for_a_file_is_not_to_blame_for_the_time() -> None:
     assert filler.told_instead(late) is late
 
 
-async def test_a_snapshot_waits_for_who_waits_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_snapshot_waits_for_who_waits() -> None:
     filling, jail = FakeFilling(waited_for="big"), FakeJail()
     filler = begun(filling, jail)
     asyncio.get_running_loop().call_later(0.02, lambda: setattr(filling, "waited_for", ""))
     await filler.served()
-    filling.waited_for = "big"
-    monkeypatch.setattr(module, "_SERVED_SECONDS", 0.02)
+    assert not filling.waited_for
+    await filler.end()
+
+
+async def test_a_snapshot_does_not_wait_for_ever_for_who_waits() -> None:
+    filler = begun(FakeFilling(waited_for="big"), FakeJail(), served_seconds=0.02)
     with pytest.raises(RoostError) as caught:
         await filler.served()
     assert caught.value.reason is Reason.BLOBS_UNAVAILABLE

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.state import filling as module
 from edge_agent.state.blobs import MemoryBlobs
 from edge_agent.state.bundles import BundleStore
 from edge_agent.state.chunks import ChunkStore
+from edge_agent.state.files import Entry
 from edge_agent.state.filling import FROM_BYTES, LARGE, Filling, Lanes, choose
 from edge_agent.state.index import Index
 from edge_agent.state.local_files import LocalFiles
@@ -67,18 +67,31 @@ class GatedBlobs(MemoryBlobs):
         return await super().get(hashes)
 
 
+class WatchedFiles(LocalFiles):
+    """`interfere` does something just after a slice of a file was written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.interfere: Callable[[], None] = lambda: None
+
+    async def written(self, path: str, mtime_ns: int, more: bool) -> Entry:
+        self.interfere()
+        return await super().written(path, mtime_ns, more)
+
+
 @dataclass
 class Woken:
     """A tree that was restored with placeholders on a node that has none of its chunks."""
 
     root: Path
-    files: LocalFiles
+    files: WatchedFiles
     target: tuple[Node, ...]
     index: Index
     filling: Filling
     guard: FakeGuard
     blobs: GatedBlobs
     chunks: ChunkStore
+    lanes: Lanes
 
     async def capture(self) -> Snapshot:
         async with self.filling.quiet:
@@ -118,21 +131,19 @@ def committed(tmp_path_factory: pytest.TempPathFactory, contents: dict[str, byte
 
 
 @pytest.fixture
-async def woken(
-    tmp_path: Path, committed: Committed, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Woken]:
-    monkeypatch.setattr(module, "FROM_BYTES", sum(LARGE_FILES.values()))
+async def woken(tmp_path: Path, committed: Committed) -> AsyncIterator[Woken]:
     root = tmp_path / "state"
     root.mkdir()
     blobs, guard = GatedBlobs(), FakeGuard()
     blobs.kept = dict(committed.blobs)
-    with LocalFiles(root) as files:
+    lanes = Lanes(from_bytes=sum(LARGE_FILES.values()), pause=0.001)
+    with WatchedFiles(root) as files:
         chunks = ChunkStore(tmp_path / "chunks")
         source = Source(chunks, blobs)
-        filling = Filling(files, guard, source, Lanes())
+        filling = Filling(files, guard, source, lanes)
         blobs.gate.release()  # what is small comes at once
         index = await restore(files, committed.nodes, None, source, filling)
-        yield Woken(root, files, committed.nodes, index, filling, guard, blobs, chunks)
+        yield Woken(root, files, committed.nodes, index, filling, guard, blobs, chunks, lanes)
         filling.close()
 
 
@@ -161,10 +172,9 @@ async def test_what_is_small_is_there_and_what_is_large_looks_so(
 
 
 async def test_what_a_node_has_no_room_for_is_there_before_the_first_turn(
-    tmp_path: Path, committed: Committed, contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, committed: Committed, contents: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr(module, "FROM_BYTES", 1)
-    blobs, lanes = MemoryBlobs(), Lanes(room=3)
+    blobs, lanes = MemoryBlobs(), Lanes(room=3, from_bytes=1)
     blobs.kept = committed.blobs
     chunks = ChunkStore(tmp_path / "chunks")
     state = StateStore(chunks, blobs, BundleStore(tmp_path / "bundles", chunks, blobs), lanes=lanes)
@@ -266,18 +276,15 @@ async def test_a_placeholder_that_is_cut_is_noticed_by_all(woken: Woken, size: i
         assert caught.value.reason is Reason.STATE_CHANGED
 
 
-async def test_a_cut_that_a_write_hides_is_noticed_in_the_end(
-    woken: Woken, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append, cut = module._append, []
+async def test_a_cut_that_a_write_hides_is_noticed_in_the_end(woken: Woken) -> None:
+    cut = []
 
-    def cut_once(fd: int, blobs: object) -> None:
-        append(fd, blobs)  # type: ignore[arg-type]
+    def cut_once() -> None:
         if not cut:
             cut.append(os.truncate(woken.root / "one", 4000))
             os.truncate(woken.root / "one", LARGE_FILES["one"])
 
-    monkeypatch.setattr(module, "_append", cut_once)
+    woken.files.interfere = cut_once
     woken.blobs.open = True
     with pytest.raises(RoostError, match="'one' in /state was changed"):
         await woken.filling.run()
@@ -324,31 +331,26 @@ async def test_what_waits_for_who_waits_hears_when_nothing_will_be_filled(woken:
 
 @pytest.mark.parametrize("most", [0, 1])
 async def test_where_the_kernel_can_not_all_comes_at_once(
-    tmp_path: Path,
-    committed: Committed,
-    contents: dict[str, bytes],
-    monkeypatch: pytest.MonkeyPatch,
-    most: int,
+    tmp_path: Path, committed: Committed, contents: dict[str, bytes], most: int
 ) -> None:
-    monkeypatch.setattr(module, "FROM_BYTES", 1)
     guard, blobs = FakeGuard(most=most), MemoryBlobs()
     blobs.kept = committed.blobs
     root = tmp_path / "state"
     root.mkdir()
     chunks = ChunkStore(tmp_path / "chunks")
-    state = StateStore(chunks, blobs, BundleStore(tmp_path / "bundles", chunks, blobs))
+    lanes = Lanes(room=100, from_bytes=1)
+    state = StateStore(chunks, blobs, BundleStore(tmp_path / "bundles", chunks, blobs), lanes=lanes)
     manifest = StateManifest("t/a/u", 1, 1, committed.nodes)
     with LocalFiles(root) as files:
         index, filling = await state.restore(files, manifest, None, guard)
         assert filling is None
         assert guard.guarded == {}
-        assert state.lanes.room == Lanes().room
+        assert lanes.room == 100
         assert {path.name: path.read_bytes() for path in root.iterdir()} == contents
         assert not any(known.racy for known in index.files.values())
 
 
-async def test_a_store_that_is_away_is_asked_again(woken: Woken, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PAUSE", 0.01)
+async def test_a_store_that_is_away_is_asked_again(woken: Woken) -> None:
     woken.blobs.open = woken.blobs.down = True
     woken.blobs.unlinked = 3  # nor is there a link to a coordinator
     asyncio.get_running_loop().call_later(0.05, lambda: setattr(woken.blobs, "down", False))
@@ -356,9 +358,8 @@ async def test_a_store_that_is_away_is_asked_again(woken: Woken, monkeypatch: py
     assert not woken.filling.unfinished
 
 
-async def test_a_store_that_stays_away_ends_it(woken: Woken, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PAUSE", 0.001)
-    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+async def test_a_store_that_stays_away_ends_it(woken: Woken) -> None:
+    woken.lanes.patience = 0.05
     woken.blobs.open = woken.blobs.down = True
     with pytest.raises(RoostError) as caught:
         await woken.filling.run()
