@@ -4,6 +4,8 @@ Always true:
 - Turns are serial, and a turn once begun goes on to its end even if its client leaves.
 - A reply's receipt says durable only after the commit transaction succeeded; a turn whose id is in the
   committed manifest is not run again: its recorded reply is returned.
+- Whoever waits for a turn is told as soon as it is committed; only then it is written down on this node. The
+  next turn begins after that, and a daemon that starts before it finds the process in the middle of a turn.
 - With durability "async" a reply may be given out before its commit, while this node may believe that it is
   the owner. The next turn may begin then, and its own commit waits for that one: at most one turn is behind.
   If that one fails, what built on it ends, and clients are told what they lost (`edge_agent.losses`).
@@ -53,7 +55,7 @@ log = logging.getLogger(__name__)
 FETCH_SECONDS = 5.0
 _MAX_QUEUED = 16  # turns of one instance, of up to 1 MiB each
 TELL_SECONDS = 2.0
-_FEW_FILES = 200  # whose index is written sooner than a thread would begin to
+_TO_TELL = 3  # turns of the loop after which a reply is on its way
 
 
 class Instance:
@@ -69,6 +71,7 @@ class Instance:
         self._behind = Behind(self._lost_behind)
         self._evicted: str | None = None  # why
         self._queued = 0  # turns, with the one that runs
+        self._told = False  # the one that runs is committed, and whoever waits for it knows
         self._tasks: TurnTasks | None = None  # of the turn that runs
         self._effects = Effects(key, epoch, parts.control)
 
@@ -125,16 +128,18 @@ class Instance:
 
     @asynccontextmanager
     async def _one_at_a_time(self, asked: UnderWay) -> AsyncIterator[None]:
-        if self._queued >= _MAX_QUEUED:
+        unanswered = self._queued - self._told
+        if unanswered >= _MAX_QUEUED:
             raise refusals.too_many(self.key, _MAX_QUEUED)
         self._queued += 1
         try:
-            if self._lock.locked():
+            if self._lock.locked() and (unanswered or not self._told):
                 asked.deltas.note("another turn is under way")
             await self._wait_for(asked)
             try:
                 yield
             finally:
+                self._told = False
                 self._lock.release()
         finally:
             self._queued -= 1
@@ -176,7 +181,7 @@ class Instance:
                 continue
             failpoint("node.turn.replied")
             asked.commits()
-            return await self._commit(asked.turn, reply, resumed_from, beside)
+            return await self._commit(asked, reply, resumed_from, beside)
         raise RoostError(Reason.AGENT_CRASHED, "the agent ends whenever it has nothing to do")
 
     async def _stand_on_firm_ground(self, turn: Turn) -> None:
@@ -241,9 +246,9 @@ class Instance:
     # --- commit ------------------------------------------------------------------------------
 
     async def _commit(
-        self, turn: Turn, reply: str, resumed_from: common_pb2.ResumedFrom.ValueType, beside: Beside
+        self, asked: UnderWay, reply: str, resumed_from: common_pb2.ResumedFrom.ValueType, beside: Beside
     ) -> Done:
-        live = self.state
+        live, turn = self.state, asked.turn
         assert isinstance(live, Live)
         try:
             captured = await self._process.capture(live)
@@ -271,14 +276,23 @@ class Instance:
             return done
         root, index = await self._publish(captured, manifest, turn.id, beside)
         self.state = replace(live, manifest=manifest, index=index, root=root, resumed_from=common_pb2.LIVE)
+        asked.end(done)
+        self._told = True
+        await self._settle(live.agent, manifest, root, index)
+        return done
+
+    async def _settle(self, agent: Agent, manifest: StateManifest, root: str, index: Index) -> None:
+        """What the next turn needs, and whoever waits for this one does not."""
+        for _ in range(_TO_TELL):
+            await asyncio.sleep(0)
         try:
-            await self._process.record(live.agent, manifest, root, index)
+            failpoint("node.commit.told")
+            await self._process.record(agent, manifest, root, index)
             await self.freezer.settled()
+            failpoint("node.commit.recorded")
         except RoostError:  # the turn is committed all the same; only this node can't go on with it
             log.exception("%r: a committed turn is not recorded here, or its jail not thawed; it ends", self)
             await self._sleep()
-        failpoint("node.commit.recorded")
-        return done
 
     async def _publish(
         self, captured: Snapshot, manifest: StateManifest, turn_id: str, beside: Beside

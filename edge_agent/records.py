@@ -2,7 +2,8 @@
 
 Always true: a row says what was committed (epoch, version, root) and, if `index` is there, that the
 files in the jail's directory were just that when it was written, unless `busy`: then a turn was under way
-and the directory may be anything. Rows are hints for speed; the coordinator's record is the truth.
+(or had just been committed and answered), and the directory may be anything. Rows are hints for speed; the
+coordinator's record is the truth.
 
 How it can fail: after a power cut the files may be older than the row says (nothing here is synced, since
 no process of a jail outlives the kernel either). An index knows the boot that it holds in.

@@ -92,6 +92,7 @@ class UnderWay:
         self._commits = True
 
     def end(self, outcome: Done | BaseException) -> None:
+        """All who wait are told, now. What is said once stays: to end it again changes nothing."""
         self.deltas.close()
         if self._timer is not None:
             self._timer.cancel()

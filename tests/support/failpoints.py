@@ -27,6 +27,7 @@ NODE = (
     "node.commit.before_upload",
     "node.commit.before_call",
     "node.commit.answered",
+    "node.commit.told",
     "node.commit.recorded",
     "node.start.before_restore",
     "node.start.restored",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -142,6 +143,17 @@ class Mesh:
             if "edge_agent.daemon" in process.cmdline():
                 return process
         raise AssertionError(f"node {node} has no daemon:\n{self.nodes[node].log()[-2000:]}")
+
+    async def between_turns(self, node: str, timeout: float = 10.0) -> None:
+        """Waits until the node has written down what it has answered: if its daemon dies now, the next one
+        finds no instance in the middle of a turn."""
+
+        def none_busy() -> bool:
+            with closing(sqlite3.connect(self.data_dir(node) / "daemon" / "records.db")) as records:
+                found = records.execute("SELECT version, busy FROM instances").fetchall()
+            return bool(found) and all(version and not busy for version, busy in found)
+
+        await eventually(none_busy, timeout, f"the instances of {node} are between turns")
 
     async def clean(self, node: str) -> None:
         await clean_node(self.directory, node)

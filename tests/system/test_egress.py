@@ -155,6 +155,7 @@ async def test_an_instance_that_the_next_daemon_adopts_has_its_egress(tmp_path: 
         async with world.mesh.client() as client:
             async with client.attach("asker", "ana") as chat:
                 assert await ask(chat, "http://web.roost/x") == "hello"
+            await world.mesh.between_turns("edge-north")
             world.mesh.daemon("edge-north").kill()
             await eventually(lambda: world.mesh.nodes["edge-north"].log().count("serves at") == 2, 20.0)
             await world.mesh.wait_up("edge-north")

@@ -268,6 +268,7 @@ async def test_a_node_that_was_killed_and_restarted_resumes_from_its_disk(tmp_pa
         await mesh.deploy(PROBE)
         async with mesh.client() as client, client.attach("probe", "ana") as ana:
             await ana.send("append one")
+            await mesh.between_turns("edge-north")
             await mesh.nodes["edge-north"].kill()
             await mesh.nodes["edge-north"].start()
             reply = await ana.send("append two")

@@ -120,6 +120,7 @@ async def test_a_daemon_that_is_killed_between_turns_goes_on_with_the_same_proce
         async with mesh.client() as client, client.attach("any", "ana") as ana:
             await ana.send("bread")
             before = _perls(mesh)
+            await mesh.between_turns("edge-north")
             mesh.daemon("edge-north").kill()
             assert items((await ana.send("salt", timeout=30.0)).text) == ["bread", "salt"]
             assert _perls(mesh) == before

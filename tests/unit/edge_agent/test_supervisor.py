@@ -13,6 +13,7 @@ from protos.v1 import common_pb2
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey, Ticket
 from shared.resources import Resources
+from tests.support.eventually import eventually
 from tests.support.fake_control import Owned
 from tests.unit.edge_agent.test_instance import Bench, bench
 
@@ -29,7 +30,9 @@ def supervisor_of(bench: Bench) -> Supervisor:
 async def say(supervisor: Supervisor, key: InstanceKey, message: str, epoch: int = 1) -> str:
     ticket = Ticket(key, "edge-1", epoch, "v1", 1e12)
     async with supervisor.attached(ticket) as instance:
-        return (await supervisor.begin(instance, Turn(message, key.user, message)).outcome()).reply
+        done = await supervisor.begin(instance, Turn(message, key.user, message)).outcome()
+        await eventually(lambda: not instance.busy, 10.0)  # and written down
+        return done.reply
 
 
 async def test_a_dead_jail_keeps_no_other_from_being_frozen_and_thawed(bench: Bench) -> None:
