@@ -22,13 +22,13 @@ from typing import TypeVar
 
 from edge_agent.control import ALONE, Beside, Commit, ControlPlane
 from edge_agent.state.index import Index
-from edge_agent.state.snapshot import Snapshot
+from edge_agent.state.snapshot import Encoding, Snapshot
 from edge_agent.state.store import StateStore
 from shared.errors import Reason, Remedy, RoostError
 from shared.failpoints import failpoint
 from shared.identity import InstanceKey
 from shared.lifecycle import retry_until
-from shared.manifest import Encoded, StateManifest
+from shared.manifest import StateManifest
 
 T = TypeVar("T")
 Publish = Callable[[Commit], Awaitable[None]]
@@ -58,10 +58,12 @@ class Commits:
         turn_id: str,
         abandoned: Callable[[], bool],
         beside: Beside = ALONE,
+        base: StateManifest | None = None,
     ) -> tuple[str, Index]:
-        """The manifest's root, and the index to capture the next turn from. `abandoned`: no need to go on."""
+        """The manifest's root, and the index to capture the next turn from. `abandoned`: no need to go on.
+        `base`: the committed version that it was made from, of root `manifest.parent`."""
         try:
-            encoded = await self.state.encode(manifest)
+            encoded = await self.state.encode(manifest, base)
             commit = Commit(manifest.version, encoded.root, turn_id, manifest.size, beside)
             publish = partial(self._commit, key, manifest.epoch, abandoned)
             keeping = asyncio.create_task(self._keep(encoded), name="keep a manifest")
@@ -84,7 +86,7 @@ class Commits:
         publish: Publish,
         commit: Commit,
         captured: Snapshot,
-        encoded: Encoded,
+        encoded: Encoding,
         abandoned: Callable[[], bool],
     ) -> None:
         """All that it needs is put, and then it is committed; both once more when a round has begun since."""
@@ -104,7 +106,7 @@ class Commits:
                     raise
             await asyncio.sleep(_ROUND_PAUSE)
 
-    async def _keep(self, encoded: Encoded) -> None:
+    async def _keep(self, encoded: Encoding) -> None:
         """While the coordinator is waited for anyway."""
         for _ in range(_TO_SEND):
             await asyncio.sleep(0)
@@ -136,7 +138,7 @@ class Commits:
     async def _upload(
         self,
         captured: Snapshot,
-        encoded: Encoded,
+        encoded: Encoding,
         abandoned: Callable[[], bool],
         uploads: Iterator[int],
     ) -> None:

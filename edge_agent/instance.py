@@ -271,10 +271,10 @@ class Instance:
         if live.agent.policy.state.durability is Durability.ASYNC and self._may_leave():
             done.receipt.durable = False
             self.state = replace(live, manifest=manifest, index=captured.index, resumed_from=common_pb2.LIVE)
-            behind = self._publish_behind(live.agent, captured, manifest, turn.id, beside)
+            behind = self._publish_behind(live.agent, captured, manifest, turn.id, beside, base)
             self._behind.begin(behind, f"commit of {self.key} version {manifest.version}")
             return done
-        root, index = await self._publish(captured, manifest, turn.id, beside)
+        root, index = await self._publish(captured, manifest, turn.id, beside, base)
         self.state = replace(live, manifest=manifest, index=index, root=root, resumed_from=common_pb2.LIVE)
         asked.end(done)
         self._told = True
@@ -295,10 +295,10 @@ class Instance:
             await self._sleep()
 
     async def _publish(
-        self, captured: Snapshot, manifest: StateManifest, turn_id: str, beside: Beside
+        self, captured: Snapshot, manifest: StateManifest, turn_id: str, beside: Beside, base: StateManifest
     ) -> tuple[str, Index]:
         root, index = await self._parts.commits.publish(
-            self.key, captured, manifest, turn_id, lambda: self._evicted is not None, beside
+            self.key, captured, manifest, turn_id, lambda: self._evicted is not None, beside, base
         )
         failpoint("node.commit.answered")
         self._effects.ended(turn_id)
@@ -306,10 +306,16 @@ class Instance:
         return root, index
 
     async def _publish_behind(
-        self, agent: Agent, captured: Snapshot, manifest: StateManifest, turn_id: str, beside: Beside
+        self,
+        agent: Agent,
+        captured: Snapshot,
+        manifest: StateManifest,
+        turn_id: str,
+        beside: Beside,
+        base: StateManifest,
     ) -> None:
         """The next turn may be under way meanwhile, or may have failed."""
-        root, index = await self._publish(captured, manifest, turn_id, beside)
+        root, index = await self._publish(captured, manifest, turn_id, beside, base)
         if isinstance(self.state, Live):
             self.state = replace(self.state, index=index, root=root)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import assert_never
@@ -25,7 +25,7 @@ from edge_agent.state.tree import write_back
 from shared.content import Blob, chunks_of, hash_of
 from shared.errors import Reason, RoostError
 from shared.inline import MAX_BYTES
-from shared.manifest import MAX_TIME, DirNode, Encoded, FileNode, LinkNode, Node, blobs_of
+from shared.manifest import MAX_TIME, DirNode, Encoded, FileNode, LinkNode, Node
 from shared.units import format_size
 
 _BLOCK = 4096
@@ -48,6 +48,19 @@ class Snapshot:
     def committed(self) -> Index:
         """To capture the next snapshot from, once this one is durable."""
         return replace(self.index, uploaded=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A manifest: its root, and those of its blobs that are not known to be durable."""
+
+    root: str
+    new: tuple[Blob, ...]
+
+    @classmethod
+    def of(cls, encoded: Encoded, durable: Collection[str] = ()) -> Encoding:
+        new = (Blob.of(plain) for hash, plain in encoded.blobs.items() if hash not in durable)
+        return cls(encoded.root, tuple(new))
 
 
 class _Fresh:
@@ -104,8 +117,7 @@ async def capture(
     def known(entry: Entry) -> Known | None:
         if filling is not None and (known := filling.known(entry)):
             return known
-        content = previous.knows(entry) if previous else None
-        return None if content is None else Known.of(entry, content, racy=False)
+        return previous.files[entry.path] if previous and previous.knows(entry) is not None else None
 
     try:
         return await _capture(files, entries, opened, previous, known, chunks, began_ns, most_bytes)
@@ -149,11 +161,20 @@ async def _capture(
     with _disk_errors("what has changed"):
         fresh.note()
     nodes = tuple(_node(entry, known) for entry in entries)
-    durable: set[str] = set()
-    if previous is not None and previous.uploaded:
-        durable = {chunk for file in previous.files.values() for chunk in file.chunks}
-    new = frozenset(blobs_of(nodes) - durable)
+    new = _new_chunks(known, previous)
     return Snapshot(nodes, Index(boot_id(), uploaded=False, files=known), new, fresh.blobs)
+
+
+def _new_chunks(known: Mapping[str, Known], previous: Index | None) -> frozenset[str]:
+    """Without a set of all that there is: most files are as they were."""
+    before = previous.files if previous is not None and previous.uploaded else {}
+    new: set[str] = set()
+    for path, file in known.items():
+        if file is not before.get(path):
+            new.update(file.chunks)
+    for file in before.values() if new else ():
+        new.difference_update(file.chunks)
+    return frozenset(new)
 
 
 def _node(entry: Entry, known: Mapping[str, Known]) -> Node:
@@ -176,7 +197,7 @@ def size_on_disk(size: int) -> int:
 
 
 async def upload(
-    snapshot: Snapshot, manifest: Encoded, chunks: ChunkStore, blobs: Blobs, again: bool = False
+    snapshot: Snapshot, manifest: Encoding, chunks: ChunkStore, blobs: Blobs, again: bool = False
 ) -> Index:
     """Makes durable what the manifest of this snapshot needs; returns the index to capture the next from.
     `again`: after an attempt that was cut off, only what it did not bring there is sent.
@@ -192,9 +213,9 @@ async def upload(
 
 
 def new_blobs(
-    wanted: Iterable[str], snapshot: Snapshot, manifest: Encoded, chunks: ChunkStore
+    wanted: Iterable[str], snapshot: Snapshot, manifest: Encoding, chunks: ChunkStore
 ) -> Iterator[Blob]:
-    """The chunks that are `wanted`, and then the manifest. BLOB_MISSING, as `upload`."""
+    """The chunks that are `wanted`, and then what is new of the manifest. BLOB_MISSING, as `upload`."""
     for hash in sorted(wanted):
         blob = snapshot.fresh.get(hash) or chunks.get(hash)
         if blob is None:
@@ -204,8 +225,7 @@ def new_blobs(
                 "check the node's disk",
             )
         yield blob
-    for plain in manifest.blobs.values():
-        yield Blob.of(plain)
+    yield from manifest.new
 
 
 async def _read(

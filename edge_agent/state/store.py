@@ -23,13 +23,13 @@ from edge_agent.state.filling import Filling, Guard, Lanes
 from edge_agent.state.index import Index, boot_id
 from edge_agent.state.peers import near
 from edge_agent.state.restore import restore
-from edge_agent.state.snapshot import Snapshot, capture, new_blobs, upload
+from edge_agent.state.snapshot import Encoding, Snapshot, capture, new_blobs, upload
 from edge_agent.state.source import Source
 from shared import inline
 from shared.content import Blob
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
-from shared.manifest import Encoded, FileNode, StateManifest, blobs_of, decode, encode
+from shared.manifest import FileNode, StateManifest, blobs_of, decode, encode, parts_of
 
 log = logging.getLogger(__name__)
 
@@ -100,33 +100,41 @@ class StateStore:
         with _disk():
             return await capture(files, previous, self.chunks, most_bytes=most_bytes, filling=filling)
 
-    async def encode(self, manifest: StateManifest) -> Encoded:
+    async def encode(self, manifest: StateManifest, base: StateManifest | None = None) -> Encoding:
+        """`base`: the version that it was made from, which is committed as `manifest.parent`. So what both
+        have is sound, and durable, and is neither checked nor stored again."""
         if len(manifest.nodes) < _FEW_FILES:  # sooner done than a thread would begin
-            return encode(manifest)
-        return await asyncio.to_thread(encode, manifest)
+            return self._encode(manifest, base)
+        return await asyncio.to_thread(self._encode, manifest, base)
 
-    def little(self, snapshot: Snapshot, manifest: Encoded) -> list[Blob] | None:
+    def _encode(self, manifest: StateManifest, base: StateManifest | None) -> Encoding:
+        encoded = encode(manifest, base)
+        durable: set[str] = set()
+        if base is not None and manifest.parent and len(encoded.blobs) > 1:
+            with suppress(OSError):  # without a copy of its root here, all is put again
+                root = self.chunks.get(manifest.parent)
+                durable = parts_of(root.plain) if root else durable
+        return Encoding.of(encoded, durable)
+
+    def little(self, snapshot: Snapshot, manifest: Encoding) -> list[Blob] | None:
         """All that a commit of this snapshot has to make durable, if it may go inline; None: `upload` it."""
-        if len(snapshot.new) + len(manifest.blobs) > inline.MAX_BLOBS:
-            return None
-        if sum(map(len, manifest.blobs.values())) > inline.MAX_PLAIN:
+        if len(snapshot.new) + len(manifest.new) > inline.MAX_BLOBS or not inline.fits(manifest.new):
             return None
         blobs = list(new_blobs(snapshot.new, snapshot, manifest, self.chunks))
         return blobs if inline.fits(blobs) else None
 
-    async def upload(self, snapshot: Snapshot, manifest: Encoded, again: bool = False) -> None:
+    async def upload(self, snapshot: Snapshot, manifest: Encoding, again: bool = False) -> None:
         """Makes the snapshot and its manifest durable. `again`: an earlier attempt may have brought a part of
         it there."""
         await upload(snapshot, manifest, self.chunks, self.blobs, again)
 
-    async def keep(self, manifest: Encoded) -> None:
+    async def keep(self, manifest: Encoding) -> None:
         """At hand for when the instance wakes here; and what the turn's files became, soon in files."""
-        blobs = [Blob.of(plain) for plain in manifest.blobs.values()]
-        if len(blobs) == 1:
+        if len(manifest.new) == 1:
             with suppress(OSError):
-                self.chunks.note(blobs)
+                self.chunks.note(manifest.new)
         else:
-            await asyncio.to_thread(self._keep, blobs)
+            await asyncio.to_thread(self._keep, manifest.new)
         loop = asyncio.get_running_loop()
         loop.call_later(_SETTLE_SECONDS, lambda: loop.run_in_executor(None, self._settle))
 

@@ -280,6 +280,32 @@ async def test_what_a_commit_brought_along_is_needed_and_not_missing() -> None:
         await world.bring_on()
 
 
+async def test_the_parts_that_a_manifest_shares_with_the_one_before_it_stay() -> None:
+    """A node puts only those that are new, and asks for none of the others."""
+    world = World(True, AT_ONCE)
+    await world.begin()
+    chunks = [Blob.of(f"file {i}".encode()) for i in range(1000)]
+    await world.heap.put_all(chunks)
+    root, before, put = "", set[str](), 0
+    for version in range(1, 8):
+        nodes = tuple(
+            FileNode(f"f{i:04}", 0o600, version * (i == 600), len(chunk.plain), (chunk.hash,))
+            for i, chunk in enumerate(chunks)
+        )
+        manifest = StateManifest(str(KEYS[0]), 1, version, nodes, parent=root)
+        encoded = encode(manifest, StateManifest(str(KEYS[0]), 1, version - 1, nodes))
+        new = [Blob.of(plain) for hash, plain in encoded.blobs.items() if hash not in before]
+        known = await world.rounds.read()
+        await world.heap.put_all(new)
+        await world.commit(Upload(KEYS[0], known.value.number if known else 0, manifest, []))
+        root, before, put = encoded.root, set(encoded.blobs), put + len(new)
+        for _ in range(3):
+            await world.collect()
+        assert not await world.lost()
+    assert put < 7 * len(before), "they do share some"
+    assert len(world.heap.chunks_kept) < len(chunks) + put, "what only older versions need is gone"
+
+
 async def test_planted_a_collector_that_does_not_look_at_what_commits_bring_along() -> None:
     world = World(True, AT_ONCE)
     await world.begin()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from edge_agent.state.blobs import MemoryBlobs
 from edge_agent.state.bundles import BundleStore
 from edge_agent.state.chunks import IN_USE, ChunkStore
 from edge_agent.state.copies import CopyStore
+from edge_agent.state.index import Index
 from edge_agent.state.local_files import LocalFiles
 from edge_agent.state.store import StateStore
 from shared.content import Blob
@@ -21,6 +23,7 @@ from shared.manifest import StateManifest
 from tests.support.fake_control import FakeControl, Owned
 
 KEY = InstanceKey("default", "probe", "ana")
+FILES = 2000
 
 
 class Collecting(FakeControl):
@@ -51,6 +54,64 @@ async def publish(tmp_path: Path, rounds: int, along: bool = False) -> tuple[Col
     root, _ = await Commits(state, control).publish(KEY, captured, manifest, "t1", lambda: False)
     assert await state.beside(control.inline.get(KEY, ())).load(KEY, 1, root) == manifest
     return control, blobs, root
+
+
+@dataclass
+class Many:
+    """An instance with so many files that its manifest is cut up."""
+
+    state: StateStore
+    control: FakeControl
+    files: LocalFiles
+    blobs: MemoryBlobs
+    chunks: ChunkStore
+    base: StateManifest = field(default_factory=lambda: StateManifest(str(KEY), 0, 0))
+    root: str = ""
+    index: Index | None = None
+
+    async def commit(self, said: StateManifest | None) -> set[str]:
+        """One more version; the names of the blobs that it put. `said`: what it says to be made from."""
+        self.blobs.kept.clear()
+        captured = await self.state.capture(self.files, self.index)
+        manifest = replace(
+            self.base, epoch=1, version=self.base.version + 1, nodes=captured.nodes, parent=self.root
+        ).with_turn(f"t{self.base.version + 1}", "done")
+        self.root, self.index = await Commits(self.state, self.control).publish(
+            KEY, captured, manifest, manifest.turns[-1].id, lambda: False, base=said
+        )
+        self.base = manifest
+        assert await self.state.load(KEY, manifest.version, self.root) == manifest
+        return set(self.blobs.kept)
+
+
+@pytest.fixture
+async def many(tmp_path: Path) -> AsyncIterator[Many]:
+    (tmp_path / "state").mkdir()
+    for i in range(FILES):
+        (tmp_path / "state" / f"f{i:04}").write_bytes(f"file {i}".encode())
+    blobs, chunks = MemoryBlobs(), ChunkStore(tmp_path / "chunks")
+    state = StateStore(chunks, blobs, BundleStore(tmp_path / "bundles", chunks, blobs))
+    control = FakeControl({KEY: Owned(epoch=1)}, takes_inline=False)
+    with LocalFiles(tmp_path / "state") as files:
+        yield Many(state, control, files, blobs, chunks)
+
+
+async def test_of_a_manifest_in_parts_only_those_that_changed_are_put(many: Many, tmp_path: Path) -> None:
+    whole = await many.commit(many.base)
+    (tmp_path / "state" / "f0600").write_bytes(b"changed")
+    some = await many.commit(many.base)
+    assert 2 < len(some) < len(whole) - FILES, "a chunk, the root, and not all of the parts"
+
+
+async def test_all_parts_are_put_if_it_is_not_known_what_the_version_before_has(
+    many: Many, tmp_path: Path
+) -> None:
+    whole = await many.commit(many.base)
+    (tmp_path / "state" / "f0600").write_bytes(b"changed")
+    many.chunks._path(many.root).unlink()
+    parts = len(whole) - FILES
+    assert len(await many.commit(many.base)) == 1 + parts
+    assert len(await many.commit(None)) == parts
 
 
 async def test_what_a_round_took_is_put_again(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from edge_agent.state.filling import FROM_BYTES, LARGE, Filling, Lanes, choose
 from edge_agent.state.index import Index
 from edge_agent.state.local_files import LocalFiles
 from edge_agent.state.restore import restore
-from edge_agent.state.snapshot import Snapshot, capture, upload
+from edge_agent.state.snapshot import Encoding, Snapshot, capture, upload
 from edge_agent.state.source import Source
 from edge_agent.state.store import StateStore
 from shared.errors import Reason, RoostError
@@ -124,7 +124,8 @@ def committed(tmp_path_factory: pytest.TempPathFactory, contents: dict[str, byte
         blobs, chunks = MemoryBlobs(), ChunkStore(tmp_path_factory.mktemp("chunks"))
         with LocalFiles(home) as files:
             snapshot = await capture(files, None, chunks)
-            await upload(snapshot, encode(StateManifest("t/a/u", 1, 1, snapshot.nodes)), chunks, blobs)
+            manifest = encode(StateManifest("t/a/u", 1, 1, snapshot.nodes))
+            await upload(snapshot, Encoding.of(manifest), chunks, blobs)
         return Committed(snapshot.nodes, blobs.kept)
 
     return asyncio.run(commit())

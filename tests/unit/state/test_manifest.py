@@ -27,6 +27,7 @@ from shared.manifest import (
     decode_tree,
     encode,
     encode_tree,
+    parts_of,
 )
 
 H = "ab" * 32
@@ -123,6 +124,101 @@ async def test_a_large_manifest_is_cut_up_and_shares_what_is_equal() -> None:
     second = encode(large().with_turn("turn", "reply"))
     assert len(second.blobs.keys() - first.blobs.keys()) <= 3
     assert len(blobs_of(large().nodes)) == 5000
+
+
+def plain_of(encoded: Encoded) -> bytes:
+    root = encoded.blobs[encoded.root]
+    if not parts_of(root):
+        return root.removeprefix(b'{"inline":').removesuffix(b"}")
+    assert parts_of(root) == encoded.blobs.keys() - {encoded.root}
+    return b"".join(encoded.blobs[part] for part in json.loads(root)["parts"])
+
+
+@given(nodes(), TURNS, ORIGINS)
+def test_the_encoding_is_canonical_json_of_what_the_manifest_says(
+    nodes: tuple[Node, ...], turns: tuple[TurnRecord, ...], origin: tuple[str, int, str, str]
+) -> None:
+    parent, made_ms, node, note = origin
+    told = document(
+        nodes=[as_list(node) for node in nodes],
+        turns=[[turn.id, turn.reply] for turn in turns],
+        **{"parent": parent, "made_ms": made_ms, "node": node, "note": note},
+    )
+    state = StateManifest("t/a/u", 1, 1, nodes, turns, *origin)
+    assert plain_of(encode(state)) == canonical(told)
+    assert plain_of(encode_tree(nodes)) == canonical({"format": 1, "nodes": told["nodes"]})
+
+
+def as_list(node: Node) -> list[Any]:
+    match node:
+        case FileNode():
+            return file(node.path, node.mode, node.mtime_ns, node.size, node.chunks)
+        case DirNode():
+            return ["dir", node.path, node.mode]
+        case LinkNode():
+            return ["link", node.path, node.target]
+
+
+async def test_no_name_is_taken_for_what_is_around_it() -> None:
+    name = '"nodes":['
+    state = StateManifest(name, 1, 1, (LinkNode(name, name),), (TurnRecord(name, name),), "", 0, name, name)
+    assert await read_back(encode(state)) == state
+
+
+def test_an_encoding_that_is_cut_up_is_the_same_json() -> None:
+    state = large()
+    told = document(version=2, nodes=[as_list(node) for node in state.nodes])
+    assert plain_of(encode(state)) == canonical(told)
+
+
+# --- made from one that is sound ---------------------------------------------------------------
+
+
+@given(nodes(), nodes(), TURNS, TURNS, st.data())
+def test_what_it_was_made_from_changes_nothing_in_an_encoding(
+    before: tuple[Node, ...],
+    other: tuple[Node, ...],
+    turns: tuple[TurnRecord, ...],
+    more: tuple[TurnRecord, ...],
+    data: st.DataObject,
+) -> None:
+    base = StateManifest("t/a/u", 1, 1, before, turns)
+    top = {node.path.partition("/")[0] for node in (*before, *other)}
+    kept = {name for name in top if data.draw(st.booleans())}
+    merged = [node for node in before if node.path.partition("/")[0] in kept]
+    merged += [node for node in other if node.path.partition("/")[0] not in kept]
+    nodes = tuple(sorted(merged, key=lambda node: node.path))
+    state = StateManifest("t/a/u", 1, 2, nodes, (*turns, *more), H)
+    assert encode(state, base) == encode(state)
+
+
+GOOD = (DirNode("d", 0o700), FileNode("d/f", 0o600, 1, 1, (H,)), FileNode("g", 0o600, 1, 1, (H,)))
+ONCE = TurnRecord("once", "")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "turns"),
+    [
+        ((*GOOD[:2], FileNode("g", 0o600, 1, 1, ("x",))), ()),
+        ((*GOOD[:2], FileNode("g", 0o4755, 1, 1, (H,))), ()),
+        ((*GOOD, FileNode("h\0", 0o600, 1, 1, (H,))), ()),
+        ((GOOD[0], GOOD[2], GOOD[1]), ()),
+        (GOOD[1:], ()),
+        ((LinkNode("d", "/etc"), GOOD[1]), ()),
+        ((GOOD[2], GOOD[2]), ()),
+        (GOOD, (ONCE, TurnRecord("", None))),
+        (GOOD, (ONCE, TurnRecord("once", 5))),  # type: ignore[arg-type]
+        (GOOD, (ONCE,) * (MAX_TURNS + 1)),
+    ],
+    ids=str,
+)
+def test_what_is_new_is_checked_and_how_it_goes_with_the_rest(
+    nodes: tuple[Node, ...], turns: tuple[TurnRecord, ...]
+) -> None:
+    base = StateManifest("t/a/u", 1, 1, GOOD, (ONCE,))
+    encode(base)
+    with pytest.raises(ValueError):
+        encode(StateManifest("t/a/u", 1, 2, nodes, turns), base)
 
 
 @pytest.mark.parametrize("harm", ["lost", "flipped", "cut short"])

@@ -20,10 +20,10 @@ from edge_agent.state.files import MAX_STATE, Entry, Files
 from edge_agent.state.index import Index
 from edge_agent.state.local_files import LocalFiles
 from edge_agent.state.restore import restore
-from edge_agent.state.snapshot import Snapshot, capture, upload
+from edge_agent.state.snapshot import Encoding, Snapshot, capture, upload
 from edge_agent.state.source import Source
 from shared.errors import Reason, RoostError
-from shared.manifest import Encoded, FileNode, StateManifest, decode, encode
+from shared.manifest import FileNode, StateManifest, decode, encode
 from tests.support.eventually import eventually
 from tests.unit.state.trees import TREES, Dir, put, seen
 
@@ -104,7 +104,7 @@ class Node:
     async def commit(self, files: Files, previous: Index | None) -> tuple[str, Snapshot, Index]:
         snapshot = await capture(files, previous, self.chunks, later)
         self.version += 1
-        encoded = encode(StateManifest("t/a/u", 1, self.version, snapshot.nodes))
+        encoded = Encoding.of(encode(StateManifest("t/a/u", 1, self.version, snapshot.nodes)))
         return encoded.root, snapshot, await upload(snapshot, encoded, self.chunks, self.blobs)
 
     async def load(self, root: str) -> StateManifest:
@@ -212,8 +212,9 @@ async def test_an_upload_that_failed_is_made_up_for_by_the_next(node: Node, othe
         (node.tree() / "a").write_bytes(b"first")
         node.blobs.down = True
         first = await capture(files, None, node.chunks, later)
+        manifest = Encoding.of(encode(StateManifest("t/a/u", 1, 1, first.nodes)))
         with pytest.raises(RoostError) as caught:
-            await upload(first, encode(StateManifest("t/a/u", 1, 1, first.nodes)), node.chunks, node.blobs)
+            await upload(first, manifest, node.chunks, node.blobs)
         assert caught.value.reason is Reason.BLOBS_UNAVAILABLE
         node.blobs.down = False
         root, _, _ = await node.commit(files, first.index)
@@ -319,7 +320,7 @@ async def test_a_chunk_that_is_gone_before_the_upload_is_an_error(node: Node) ->
         (node.tree() / "a").write_bytes(os.urandom(1 << 20))  # too much to be kept in memory
         snapshot = await capture(files, None, node.chunks)
         with pytest.raises(RoostError) as caught:
-            await upload(snapshot, Encoded("", {}), ChunkStore(node.home / "empty"), node.blobs)
+            await upload(snapshot, Encoding("", ()), ChunkStore(node.home / "empty"), node.blobs)
         assert caught.value.reason is Reason.BLOB_MISSING
 
 
