@@ -7,6 +7,10 @@ sandlock; WAY.loop_p50_ms with the framework's agent loop around the model; WAY.
 pss_parked_mb.N, pss_mb.N, machine_mb.N an instance, and daemon_rss_mb.N, jailer_rss_mb.N, with N of them;
 NAME.pss_mb for one of a peer.
 
+Parked jails are of two ranks. Of a version, as many wait as were started within 30 s; as many of these are
+warm as were started within 10 s, but at least two. The times of `parked` are of what demand has made;
+pss_parked_mb.N is of N that wait cold, and pss_warm_mb of the few beside them that are next to be given away.
+
 STARTS and INSTANCES in the environment (default 100 and 100,1000,3000) make it shorter.
 """
 

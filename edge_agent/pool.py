@@ -1,7 +1,8 @@
-"""How many jails of each agent version should wait for a user: decided from plain values.
+"""How many jails of each agent version should wait for a user, and how many of them warm: decided from plain
+values.
 
 Always true: what is parked would fit beside everything that is reserved, and real instances never see it as
-taken; a version that nobody started for a while has nothing parked.
+taken; a version that nobody started for a while has nothing parked. Warm are at most as many as wait.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from shared.resources import Resources, fits
 WINDOW = 30.0  # seconds; as many starts as fell into it are prepared for
 QUIET = 120.0  # seconds without a start, after which none is parked
 MOST = 32  # of one version
+SOON = 10.0  # seconds; as many starts as fell into it are warmed up for: those who come next
+FEW = 2  # that are warm at least, as far as any wait
 PAUSE = 0.1  # seconds after a start in which the machine is its user's, unless few still wait
 
 
@@ -49,6 +52,14 @@ def decide(demands: Mapping[str, Demand], spare: Resources, now: float) -> dict[
     return changes
 
 
+def to_warm(demand: Demand, warm: int, cold: int, now: float) -> int:
+    """How many of the `cold` jails that wait to warm up, where `warm` are so, or on their way."""
+    soon = max(FEW, sum(now - start < SOON for start in demand.starts))
+    if warm >= soon // 2 and _has_just_started(demand, now):
+        return 0
+    return min(max(0, soon - warm), cold)
+
+
 def _wanted(demand: Demand, now: float) -> int:
     """Grows with each start that comes, since a burst seldom ends with its first; then shrinks to one."""
     if not demand.starts or now - demand.starts[-1] >= QUIET:
@@ -58,4 +69,8 @@ def _wanted(demand: Demand, now: float) -> int:
 
 def _must_not_be_disturbed(demand: Demand, now: float) -> bool:
     """Making jails takes processor time from the first turn of whoever has just come."""
-    return now - demand.starts[-1] < PAUSE and demand.waiting >= _wanted(demand, now) // 2
+    return _has_just_started(demand, now) and demand.waiting >= _wanted(demand, now) // 2
+
+
+def _has_just_started(demand: Demand, now: float) -> bool:
+    return bool(demand.starts) and now - demand.starts[-1] < PAUSE

@@ -3,26 +3,31 @@
 Always true: a parked jail is given away once, and before that nothing of any user has been in it; a version
 whose zygote failed twice is executed. No user waits for a zygote or the pool: what is not there yet is not
 used. How it can fail: what was chosen turns out to be gone; then the next way in `ways` is tried.
+
+Parked jails are of two ranks. A cold one has only become its agent: it has little memory of its own, and what
+a first turn needs it makes in that turn. Those that are next to be given away are warm: they have made it.
+While a jail is warmed up it is not given away; one that fails to get warm ends, and a version whose jails
+failed twice waits cold from then on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 from edge_agent import pool
 from edge_agent.control import Agent
 from edge_agent.egress.proxy import Egress
 from edge_agent.jail.api import Jail, JailGone, Jails, Zygote
-from edge_agent.jail.python import PARKED_VARIABLE
 from edge_agent.reservations import Reservations
-from edge_agent.specs import of_instance, of_zygote
+from edge_agent.specs import of_instance, of_zygote, parks
 from edge_agent.turns import wait_ready
 from shared.errors import Reason, RoostError
 from shared.policy import Start
@@ -35,12 +40,13 @@ ZYGOTE_QUIET = 600.0  # seconds without a start after which it is ended
 _FAILURES = 2
 _PAUSE = 5.0  # seconds before a zygote is started again
 _ZYGOTE_ID = re.compile(r"zygote-.*-[0-9a-f]{16}")  # an instance's ends with 24
-_AT_ONCE = 2  # jails that are parked at the same time
+_AT_ONCE = 2  # jails that are parked at the same time, and that are warmed up
+_WARM = json.dumps({"kind": "warm"}).encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """It runs and is ready; its /state is empty, and no code of the agent has looked at it."""
+    """It runs and is ready, warm or cold; its /state is empty, and no code of the agent has looked at it."""
 
     jail: Jail
 
@@ -80,8 +86,11 @@ class _Version:
     agent: Agent
     packages: str
     demand: pool.Demand
-    parked: list[Jail] = field(default_factory=list)
+    cold: list[Jail] = field(default_factory=list)
+    warm: list[Jail] = field(default_factory=list)
     parking: int = 0
+    warming: int = 0
+    not_warmed: int = 0  # jails that failed to get warm
     zygote: Zygote | None = None
     preparing: bool = False  # the zygote
     tried: asyncio.Event = field(default_factory=asyncio.Event)  # to prepare it
@@ -92,6 +101,11 @@ class _Version:
     def start(self) -> Start:
         run = self.agent.policy.run
         return run.start if run.entry else Start.EXEC
+
+    @property
+    def waiting(self) -> int:
+        """Jails that wait for a user, and those on their way to."""
+        return len(self.cold) + len(self.warm) + self.parking + self.warming
 
     @property
     def live_zygote(self) -> Zygote | None:
@@ -123,9 +137,9 @@ class Starts:
         """What to try, in this order. A Parked one belongs to the caller from then on. `packages`: see
         JailSpec. `is_new_here`: the instance has no directory on this node."""
         version = self._wanted(agent, packages)
-        version.parked = self._alive(version.parked)
-        if is_new_here and version.parked:
-            yield Parked(version.parked.pop())
+        self._forget_ended(version)
+        if is_new_here and (waiting := version.warm or version.cold):
+            yield Parked(waiting.pop())
         if version.start is not Start.EXEC and (zygote := version.live_zygote):
             yield FromZygote(zygote.jail_id)
         yield Exec()
@@ -135,6 +149,8 @@ class Starts:
         be had, or `seconds` are over."""
         version = self._wanted(agent, packages)
         if version.start is not Start.EXEC:
+            if not version.tried.is_set():
+                self._changed()
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await version.tried.wait()
@@ -145,8 +161,12 @@ class Starts:
             need = agent.policy.need
             version = self._versions[agent.version] = _Version(agent, packages, pool.Demand(need, (), 0))
         version.demand = version.demand.started(self._clock())
-        self._changed()
+        self._look_soon()
         return version
+
+    def _look_soon(self) -> None:
+        """Has a pass run when whoever has just come has got the first reply: it would take time from that."""
+        asyncio.get_running_loop().call_later(pool.PAUSE, self._changed)
 
     def left_behind(self, jail_id: str) -> None:
         """A directory of an earlier daemon's that could not be removed. A zygote's, whose uid owns namespaces
@@ -158,12 +178,12 @@ class Starts:
         """Its directory is of no more use, and goes soon. Should it be used again all the same, nothing is
         wrong, even if it goes then: files count for nothing until they were looked at."""
         self._trash.add(jail_id)
-        self._changed()
+        self._look_soon()
 
     @property
     def parked(self) -> int:
         """Jails that wait for a user, and those on their way to."""
-        return sum(len(version.parked) + version.parking for version in self._versions.values())
+        return sum(version.waiting for version in self._versions.values())
 
     def hold_back(self, held_back: bool) -> None:
         """While held back, nothing is kept ready, and what is parked ends; instances start all the same."""
@@ -180,18 +200,19 @@ class Starts:
         if self._held_back:
             spare = Resources()
         for name, version in list(self._versions.items()):
-            version.parked = self._alive(version.parked)
+            self._forget_ended(version)
             self._keep_zygote(name, version, spare, now)
         for name, change in pool.decide(self._demands(), spare, now).items():
             version = self._versions[name]
             for _ in range(min(change, _AT_ONCE - version.parking)):
                 version.parking += 1
                 self._do(f"park {name}", self._park(version))
-            for _ in range(min(-change, len(version.parked))):
-                self._do(f"end a parked jail of {name}", self._end(version.parked.pop()))
+            for jail in _pop(-change, version.cold, version.warm):
+                self._do(f"end a parked jail of {name}", self._end(jail))
         for name, version in list(self._versions.items()):
+            self._keep_warm(name, version, now)
             quiet = not version.demand.starts or now - version.demand.starts[-1] > ZYGOTE_QUIET
-            if quiet and not (version.parked or version.parking or version.zygote or version.preparing):
+            if quiet and not (version.waiting or version.zygote or version.preparing):
                 del self._versions[name]
         for jail_id in list(self._trash):
             with suppress(RoostError):  # a zygote's stays while instances of it live
@@ -205,12 +226,19 @@ class Starts:
 
     def _demands(self) -> dict[str, pool.Demand]:
         return {
-            name: pool.Demand(v.demand.need, v.demand.starts, len(v.parked) + v.parking)
+            name: pool.Demand(v.demand.need, v.demand.starts, v.waiting)
             for name, v in self._versions.items()
-            if v.start in (Start.AUTO, Start.PARKED) and (v.live_zygote or v.parked)
-            # A device that nobody uses is not kept from those who would.
-            if not v.demand.need.devices
+            if parks(v.agent.policy) and (v.live_zygote or v.waiting)
         }
+
+    def _keep_warm(self, name: str, version: _Version, now: float) -> None:
+        if version.not_warmed >= _FAILURES:
+            return
+        warm = len(version.warm) + version.warming
+        count = pool.to_warm(version.demand, warm, len(version.cold), now)
+        for jail in _pop(min(count, _AT_ONCE - version.warming), version.cold):
+            version.warming += 1
+            self._do(f"warm {name}", self._warm(version, jail))
 
     def _keep_zygote(self, name: str, version: _Version, spare: Resources, now: float) -> None:
         if version.zygote is not None and version.zygote.ended:
@@ -263,7 +291,6 @@ class Starts:
             if zygote is None:
                 return
             spec = of_instance(jail_id, version.agent, version.demand.need, version.packages, zygote.jail_id)
-            spec = replace(spec, env={**spec.env, PARKED_VARIABLE: "1"})
             jail = await self._jails.make(spec)
             try:
                 await self._egress.prepare(jail, network)
@@ -273,13 +300,34 @@ class Starts:
             except BaseException:
                 await self._end(jail)
                 raise
-            version.parked.append(jail)
+            version.cold.append(jail)
         except (RoostError, JailGone) as error:
             log.warning("a jail of %s can't be parked: %s", version.agent.version, error)
             self._trash.add(jail_id)
         finally:
             version.parking -= 1
         self._changed()
+
+    async def _warm(self, version: _Version, jail: Jail) -> None:
+        try:
+            try:
+                await jail.send(_WARM)
+                await wait_ready(jail, version.agent.policy.run.start_timeout)
+                await _check_untouched(jail)
+            except BaseException:
+                await self._end(jail)
+                raise
+            version.warm.append(jail)
+        except (RoostError, JailGone) as error:
+            version.not_warmed += 1
+            over = "; they wait cold from now on" if version.not_warmed == _FAILURES else ""
+            log.warning("a jail of %s can't be warmed up: %s%s", version.agent.version, error, over)
+        finally:
+            version.warming -= 1
+        self._changed()
+
+    def _forget_ended(self, version: _Version) -> None:
+        version.cold, version.warm = self._alive(version.cold), self._alive(version.warm)
 
     def _alive(self, jails: list[Jail]) -> list[Jail]:
         alive = []
@@ -307,6 +355,14 @@ class Starts:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s failed", task.get_name(), exc_info=error)
+
+
+def _pop(count: int, *lists: list[Jail]) -> Iterator[Jail]:
+    """At most so many, of the first lists first."""
+    for jails in lists:
+        while count > 0 and jails:
+            count -= 1
+            yield jails.pop()
 
 
 async def _check_untouched(jail: Jail) -> None:

@@ -17,6 +17,7 @@ MAX_FRAME = 8 << 20  # bytes, as the node has it
 _LENGTH = struct.Struct(">I")
 _ANSWERS = {"run": "result", "call": "called", "done": "kept"}
 _NAMES = {"result": "task", "called": "call", "kept": "call"}  # the field that says to which one
+_NEXT = ("turn", "warm")  # what an agent that is in no turn waits for
 
 Message = dict[str, Any]
 
@@ -25,7 +26,7 @@ class Line:
     """Both directions to the node, for all threads of an agent, and without one of its own: an agent that
     runs no tasks has a single thread.
 
-    Invariant: one thread at a time reads; what it reads for another it leaves in `_turn` or `_results`. A
+    Invariant: one thread at a time reads; what it reads for another it leaves in `_next` or `_results`. A
     message of a turn is sent before the one that ends it, or not at all.
     """
 
@@ -35,7 +36,7 @@ class Line:
         self._changed = threading.Condition()
         self._reading = False
         self._over = False
-        self._turn: Message | None = None  # that nobody has begun
+        self._next: Message | None = None  # that nobody has begun
         self._current: str | None = None  # id of the one under way
         self._results: dict[tuple[str, Any], Message] = {}
 
@@ -52,12 +53,12 @@ class Line:
                     self._changed.notify_all()
             self._node.sendall(_LENGTH.pack(len(payload)) + payload)
 
-    def next_turn(self) -> Message | None:
-        """None when the node has closed."""
-        self._read_until(lambda: self._turn is not None)
+    def next(self) -> Message | None:
+        """A "turn" or "warm". None when the node has closed."""
+        self._read_until(lambda: self._next is not None)
         with self._changed:
-            asked, self._turn = self._turn, None
-            self._current = asked["id"] if asked else None
+            asked, self._next = self._next, None
+            self._current = asked.get("id") if asked else None
             self._results.clear()
         return asked
 
@@ -97,8 +98,8 @@ class Line:
             self._over = True
             return
         message = json.loads(payload)
-        if message["kind"] == "turn":
-            self._turn = message
+        if message["kind"] in _NEXT:
+            self._next = message
         elif message["kind"] in _NAMES and message["id"] == self._current:
             self._results[message["kind"], message[_NAMES[message["kind"]]]] = message
         # Other kinds are a newer node's: not for this SDK.

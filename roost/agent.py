@@ -13,7 +13,9 @@ and nothing else, are all that an agent needs.
 On a node, the agent's process inherits a connected stream socket, whose descriptor is in ROOST_FD. Each
 message is a 4-byte big-endian length and that many bytes of UTF-8 JSON:
 
-    agent -> node   {"kind": "ready"}                             once, when it may get turns
+    agent -> node   {"kind": "ready"}                             when it may get turns
+    node -> agent   {"kind": "warm"}                              before any turn: it is to warm up, and to be
+                                                                  "ready" again
     node -> agent   {"kind": "turn", "id", "user", "message"}     the next only after the reply or error
     agent -> node   {"kind": "delta", "id", "text"}               any number: a provisional piece of the reply
     agent -> node   {"kind": "run", "id", "task", "argv", ...}    any number: a command for a jail of its own
@@ -49,7 +51,6 @@ from roost._line import Line, Message
 from roost._tasks import TaskResult
 
 FD_VARIABLE = "ROOST_FD"
-PARKED_VARIABLE = "ROOST_PARKED"  # set where a process waits for a user who has not come yet
 STATE_DIR = Path("/state")
 STATE_FILE = "roost.json"
 LOCAL_STATE_DIR = Path(".roost-state")
@@ -166,15 +167,16 @@ class Agent:
         return handler
 
     def warm_up(self, function: Handler) -> Handler:
-        """Makes `function()`, which may be async, run in each process that waits for a user, before one
-        comes: what is made at first use is then made. It has no state and no network, and is for speed alone:
-        a process whose user is there already does without it, and so does one in which it fails."""
+        """Makes `function()`, which may be async, run in the processes that are next to be given to a user,
+        before one comes: what is made at first use is then made. It has no state and no network, and is for
+        speed alone: a process whose user is there already does without it, and so does one in which it
+        fails."""
         self._warm_up = function
         return function
 
-    def get_ready(self) -> None:
-        """Makes what an asynchronous handler's first turn would, while there is no user yet."""
-        if inspect.iscoroutinefunction(self._handler) or inspect.isasyncgenfunction(self._handler):
+    def make_loop(self) -> None:
+        """What an asynchronous handler's first turn would make, while there is no user yet."""
+        if _is_async(self._handler):
             self._loop = _new_loop()
             self._loop.run_until_complete(asyncio.sleep(0))
 
@@ -188,11 +190,8 @@ class Agent:
 
             _here.chat(self._handler, LOCAL_STATE_DIR)
         else:
-            waits = os.environ.pop(PARKED_VARIABLE, None) is not None
             with socket.socket(fileno=int(fd)) as node:
-                if waits:
-                    rehearse(STATE_DIR, self._loop)
-                serve(self._handler, node, STATE_DIR, self._warm_up if waits else None, self._loop)
+                serve(self._handler, node, STATE_DIR, self._warm_up, self._loop)
         sys.exit(0)
 
 
@@ -254,8 +253,14 @@ class Answerer:
         else:
             self._emit({"kind": "reply", "id": asked["id"], "text": reply})
 
-    def warm_up(self, warm_up: Callable[[], Any]) -> None:
-        """Runs what the developer has for it. That it fails is no reason not to answer turns."""
+    def get_warm(self, warm_up: Callable[[], Any] | None) -> None:
+        """Makes what a first turn would, while there is no user yet, and runs what the developer has for it.
+        That this fails is no reason not to answer turns."""
+        if _is_async(self._handler):
+            self._loop = self._loop or _new_loop()
+        rehearse(self._state_dir, self._loop)
+        if warm_up is None:
+            return
         try:
             result = warm_up()
             if inspect.isawaitable(result):
@@ -333,6 +338,10 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
+def _is_async(handler: object) -> bool:
+    return inspect.iscoroutinefunction(handler) or inspect.isasyncgenfunction(handler)
+
+
 def _new_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -355,15 +364,17 @@ def serve(
     loop: asyncio.AbstractEventLoop | None = None,
 ) -> None:
     """Answers the turns that come over `node`; returns when the other side has closed it. `warm_up` is run
-    before that, if nobody waits yet; `loop` is for asynchronous handlers, if there is one already."""
+    when the node says so; `loop` is for asynchronous handlers, if there is one already."""
     line = Line(node)
     answerer = Answerer(handler, state_dir, line.emit, line.ask, loop)
-    if warm_up is not None:
-        answerer.warm_up(warm_up)
     try:
         line.emit({"kind": "ready"})
-        while (asked := line.next_turn()) is not None:
-            answerer.answer(asked)
+        while (asked := line.next()) is not None:
+            if asked["kind"] == "turn":
+                answerer.answer(asked)
+            else:
+                answerer.get_warm(warm_up)
+                line.emit({"kind": "ready"})
     except (BrokenPipeError, ConnectionResetError):
         return  # the node is gone, or has ended this agent
 

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, NoReturn
 from roost.agent import Agent, load
 
 WIRE_FD, TURN_FD = 3, 3
+PARKS_VARIABLE = "ROOST_PARKS"  # set where forks wait for users who have not come yet, most of them for long
 EXIT_FAILED = 3
 
 _LENGTH = struct.Struct(">I")
@@ -80,6 +81,7 @@ def main_zygote(entry: str) -> NoReturn:
     """Forks on demand until the node closes the socket. In a child it becomes the agent."""
     node = socket.socket(fileno=WIRE_FD)
     node.set_inheritable(False)
+    parks = os.environ.pop(PARKS_VARIABLE, None) is not None
     hooks = _Hooks()
     hooks.record()
     try:
@@ -96,8 +98,9 @@ def main_zygote(entry: str) -> NoReturn:
     gc.collect()
     gc.freeze()
     _send(node, {"step": "ready"})
+    prepare = _nothing if parks else agent.make_loop
     while True:
-        _fork_spare(node, agent, hooks)
+        _fork_spare(node, agent, hooks, prepare)
 
 
 class _Hooks:
@@ -137,9 +140,13 @@ def _fork() -> int:
     return _check(_libc_with_gil.fork(), "fork")
 
 
-def _fork_spare(node: socket.socket, agent: Agent, hooks: _Hooks) -> None:
+def _nothing() -> None:
+    """What a fork prepares that may have to wait for long: it writes to no page that it can leave alone."""
+
+
+def _fork_spare(node: socket.socket, agent: Agent, hooks: _Hooks, prepare: Callable[[], None]) -> None:
     """Has a child wait for the next request, so that the fork is done before somebody waits for it. Returns
-    when it has taken one."""
+    when it has taken one. `prepare` is run in the child's fork, ahead."""
     told, tell = os.pipe()
     if _fork() == 0:
         os.close(told)
@@ -147,7 +154,7 @@ def _fork_spare(node: socket.socket, agent: Agent, hooks: _Hooks) -> None:
         if request is None:
             os._exit(0)
         os.write(tell, b".")  # taken
-        _enter(node, agent, hooks, _Where(*fds), tell)
+        _enter(node, agent, hooks, prepare, _Where(*fds), tell)
     os.close(tell)
     if not os.read(told, 1):
         os._exit(0)  # the node has closed the socket
@@ -184,7 +191,14 @@ def _shared_memory() -> str:
 # --- in the child ------------------------------------------------------------------------------------
 
 
-def _enter(node: socket.socket, agent: Agent, hooks: _Hooks, where: _Where, tell: int) -> NoReturn:
+def _enter(
+    node: socket.socket,
+    agent: Agent,
+    hooks: _Hooks,
+    prepare: Callable[[], None],
+    where: _Where,
+    tell: int,
+) -> NoReturn:
     """Goes to the jail's processes and forks there; lives on until the node has seen that. Writes to `tell`
     when the zygote may fork again: at the same time both forks would be slower."""
     try:
@@ -198,7 +212,7 @@ def _enter(node: socket.socket, agent: Agent, hooks: _Hooks, where: _Where, tell
         os.write(tell, b".")
         _end_with(where.report, f"a zygote's child can't enter the jail: {error!r}")
     if pid == 0:
-        _wait(agent, hooks, where.line)
+        _wait(agent, hooks, prepare, where.line)
     os.write(tell, b".")
     os.close(where.line)
     with socket.socket(fileno=where.report) as report:
@@ -207,11 +221,11 @@ def _enter(node: socket.socket, agent: Agent, hooks: _Hooks, where: _Where, tell
     os._exit(0)
 
 
-def _wait(agent: Agent, hooks: _Hooks, line: int) -> NoReturn:
+def _wait(agent: Agent, hooks: _Hooks, prepare: Callable[[], None], line: int) -> NoReturn:
     """Waits until the jail is somebody's, and becomes the agent. All that it inherited is closed before."""
     try:
         node = socket.socket(fileno=_alone(line))
-        agent.get_ready()
+        prepare()
         request, fds = _receive(node)
         if request is None:
             os._exit(0)  # nobody has wanted it

@@ -132,18 +132,22 @@ def _measured(mesh: Mesh, jails: list[list[int]], count: int, before: float) -> 
 
 
 async def parked(node: Node, counts: Sequence[int]) -> Figures:
-    """Jails that wait for a user, so many of them."""
+    """Jails that wait for a user, so many of them cold; and those that are warm beside them."""
     figures: Figures = {}
     await node.contender("parked").ready(1)
     await node.stop()
     for count in counts:
-        ids = await node.park(count)
+        cold, warm = await node.park(count)
         await asyncio.sleep(_SETTLE_SECONDS)
-        jails = pids_of_jails(node.jailer.data_dir / "jails" / jail_id / "state" for jail_id in ids)
-        found = {f"pss_parked_mb.{count}": pss(itertools.chain(*jails)) / len(jails)}
+        found = {f"pss_parked_mb.{count}": _pss_each(node, cold), "pss_warm_mb": _pss_each(node, warm)}
         figures |= found
-        print(f"  {len(jails)} parked: {_line(found)}", flush=True)
+        print(f"  {len(cold)} cold, {len(warm)} warm: {_line(found)}", flush=True)
     return figures
+
+
+def _pss_each(node: Node, jail_ids: Sequence[str]) -> float:
+    jails = pids_of_jails(node.jailer.data_dir / "jails" / jail_id / "state" for jail_id in jail_ids)
+    return pss(itertools.chain(*jails)) / len(jails)
 
 
 def _line(figures: Figures) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.jails.starts import MESSAGE, Failed
+from edge_agent import pool
 from edge_agent.commits import Commits
 from edge_agent.control import Agent, Commit, CommittedState
 from edge_agent.instance import Instance
@@ -22,7 +23,7 @@ from edge_agent.packages import Packages
 from edge_agent.phases import Done, Parts
 from edge_agent.records import Records
 from edge_agent.reservations import Reservations
-from edge_agent.starts import PERIOD, Starts, Way, name_of
+from edge_agent.starts import PERIOD, Starts, Way, _Version, name_of
 from edge_agent.state.blobs import MemoryBlobs
 from edge_agent.state.bundles import BundleStore
 from edge_agent.state.chunks import ChunkStore
@@ -87,15 +88,22 @@ class _WatchedStarts(Starts):
             return True
         if known is None or known.live_zygote is None:
             return False
-        return way == "zygote" or len(known.parked) >= count
+        return way == "zygote" or self._waits(known, count)
 
-    async def park(self, version: str, count: int) -> list[str]:
-        """Until so many wait: more than demand would ever make. `reconcile` must not run."""
+    def _waits(self, version: _Version, count: int) -> bool:
+        """Are so many parked, and as many of them warm as are to be?"""
+        warm, cold = len(version.warm), len(version.cold)
+        to_come = pool.to_warm(version.demand, warm, cold, self._clock())
+        return warm + cold >= count and not (version.warming or to_come)
+
+    async def park(self, version: str, count: int) -> tuple[list[str], list[str]]:
+        """Until so many wait cold: more than demand would ever make. Those, and the warm ones. `reconcile`
+        must not run."""
         known = self._versions[version]
-        while len(known.parked) < count:
+        while len(known.cold) < count:
             known.parking += 2
             await asyncio.gather(self._park(known), self._park(known))
-        return [jail.jail_id for jail in known.parked]
+        return [jail.jail_id for jail in known.cold], [jail.jail_id for jail in known.warm]
 
 
 @dataclass(slots=True)
@@ -195,7 +203,7 @@ class Node:
         await self.stop()
         self._parts.records.close()
 
-    async def park(self, count: int) -> list[str]:
+    async def park(self, count: int) -> tuple[list[str], list[str]]:
         return await self.starts.park("parked", count)
 
     def demands(self, name: str, starts: int) -> bool:

@@ -7,7 +7,7 @@ import sys
 
 from shared.policy import RunSection
 
-PARKED_VARIABLE = "ROOST_PARKED"  # of a process that waits for a user; as roost.agent has it
+PARKS_VARIABLE = "ROOST_PARKS"  # of a zygote whose forks wait for users; as roost.zygote has it
 
 _PATH = ["/roost", "/agent", "/packages"]  # before the system's, which may be older
 _MAIN = "import sys; sys.path[:0] = {path}; from roost.agent import main; main({entry!r})"

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
+
+import psutil
+import pytest
 
 from edge_agent.control import Agent
 from edge_agent.jail.api import Jail
+from edge_agent.starts import Parked, Starts
 from edge_agent.turns import Deltas, Turn, run_turn
 from tests.support.calls import no_calls
+from tests.support.eventually import eventually
 from tests.support.jailer import RunningJailer
 from tests.support.starting import start_by, starts_of
 from tests.support.tasks import no_tasks
@@ -51,6 +57,21 @@ def keep(turn):
         "user": turn.user,
     })
 '''
+WARMED = """
+import asyncio, os
+from roost import Agent
+agent = Agent()
+made = []
+
+@agent.warm_up
+async def warm_up():
+    FAULT
+    made.append(asyncio.get_running_loop())
+
+@agent.turn
+async def look(turn):
+    return f"{len(made)} {asyncio.get_running_loop() in made} {os.listdir('/state')} {turn.user}"
+"""
 POLICY = """
 [agent]
 name = "keeper"
@@ -99,3 +120,55 @@ async def test_what_a_module_left_before_the_claim_reaches_no_state(jailer: Runn
         ways = [type(way).__name__ for _ in range(3) for way in starts.ways(agent, "", is_new_here=True)]
         assert "Parked" not in ways
         assert (await tell(jail, "ana", backwards="x"))["files"] == ["/state/early"]
+
+
+async def parked(jailer: RunningJailer, starts: Starts, agent: Agent, *, warm: bool) -> Jail:
+    """One that waits, and is warm, or cold."""
+    list(starts.ways(agent, "", is_new_here=False))
+    version = starts._versions[agent.version]
+
+    async def is_there() -> bool:
+        if not (waiting := version.warm if warm else version.cold):
+            await starts.reconcile()
+        return bool(waiting)
+
+    await eventually(is_there, 30.0)
+    (way, *_) = starts.ways(agent, "", is_new_here=True)
+    assert isinstance(way, Parked)
+    return way.jail
+
+
+def open_files(jailer: RunningJailer, jail: Jail) -> set[str]:
+    """Of its agent's process, by number."""
+    uid = (jailer.data_dir / "jails" / jail.jail_id / "state").stat().st_uid
+    (pid,) = [p for p in jailer.jailed() if psutil.Process(p).uids().real == uid]
+    return set(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+async def test_a_cold_one_and_a_warm_one_serve_alike(jailer: RunningJailer, warm: bool) -> None:
+    jailer.bundle("keeper", {"keeper.py": WARMED.replace("FAULT", "pass")})
+    agent = Agent.of("keeper", POLICY, "")
+    async with starts_of(jailer) as starts:
+        jail = await parked(jailer, starts, agent, warm=warm)
+        loop = open_files(jailer, jail) - {"0", "1", "2", "3"}
+        assert bool(loop) is warm, "a cold one has made nothing"
+        made = "1 True" if warm else "0 False"
+        assert await tell(jail, "ana") == f"{made} [] ana", "nothing of a rehearsal is left in the state"
+
+
+async def test_where_warming_up_fails_they_wait_cold(jailer: RunningJailer) -> None:
+    jailer.bundle("keeper", {"keeper.py": WARMED.replace("FAULT", "os._exit(7)")})
+    agent = Agent.of("keeper", POLICY, "")
+    async with starts_of(jailer) as starts:
+        list(starts.ways(agent, "", is_new_here=False))
+        version = starts._versions[agent.version]
+
+        async def settled() -> bool:
+            await starts.reconcile()
+            return version.not_warmed == 2 and not version.parking and bool(version.cold)
+
+        await eventually(settled, 30.0)
+        assert not version.warm
+        jail = await parked(jailer, starts, agent, warm=False)
+        assert await tell(jail, "ana") == "0 False [] ana"

@@ -33,6 +33,7 @@ from shared.errors import Reason, RoostError
 from shared.resources import Resources
 
 Program = Callable[["FakeAgent"], Awaitable[None]]
+WARM = b'{"kind": "warm"}'
 TaskProgram = Callable[["FakeTask"], Awaitable[int]]  # its exit code
 
 
@@ -56,6 +57,7 @@ class FakeAgent:
         self.thawed.set()
         self.guarded: dict[int, tuple[Callable[[], None], asyncio.Event]] = {}  # by inode
         self.ports: dict[int, socket.socket] = {}  # who listens inside: sockets at free ports of the host
+        self.warm_ups = 0
 
     async def read(self, name: str) -> bytes:
         """A file of its state, once it may be opened."""
@@ -85,6 +87,13 @@ class FakeAgent:
         return port in self.ports and self.ports[port].fileno() >= 0
 
     async def receive(self) -> bytes:
+        """What comes next. When it is to warm up, it is ready at once."""
+        while (message := await self._next()) == WARM:
+            self.warm_ups += 1
+            await self.send(b'{"kind": "ready"}')
+        return message
+
+    async def _next(self) -> bytes:
         message = await self.to_agent.get()
         await self.thawed.wait()
         return message
@@ -124,6 +133,10 @@ class FakeJail:
     @property
     def frozen(self) -> bool:
         return not self._agent.thawed.is_set()
+
+    @property
+    def warm(self) -> bool:
+        return self._agent.warm_ups > 0
 
     async def start(self) -> None:
         self._check()

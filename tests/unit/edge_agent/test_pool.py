@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edge_agent.pool import MOST, PAUSE, QUIET, WINDOW, Demand, decide
+from edge_agent.pool import FEW, MOST, PAUSE, QUIET, SOON, WINDOW, Demand, decide, to_warm
 from shared.resources import Resources
 
 NEED = Resources(100, 100, 10)
@@ -50,6 +50,29 @@ def test_it_gives_way_to_instances() -> None:
 def test_scarce_room_goes_to_what_was_wanted_last() -> None:
     demands = {"old": demand(0.0, 0.1, waiting=2), "new": demand(1.0, 1.1)}
     assert decide(demands, Resources(300, 10**9, 10**9), 2.0) == {"new": 2, "old": -1}
+
+
+def test_those_who_come_next_find_warm_ones() -> None:
+    five = demand(0.0, 1.0, 2.0, 3.0, 4.0, waiting=5)
+    assert to_warm(five, 0, 5, 5.0) == 5, "as many as came of late"
+    assert to_warm(five, 0, 5, 2.0 + SOON) == 2, "those of the last seconds"
+    assert to_warm(five, 0, 5, 60.0) == FEW, "always a few"
+    assert to_warm(five, 3, 2, 5.0) == 2
+    assert to_warm(five, 5, 0, 5.0) == 0
+    assert to_warm(five, 5, 4, 60.0) == 0, "none gets cold again"
+
+
+def test_no_more_get_warm_than_wait_cold() -> None:
+    assert to_warm(demand(0.0, waiting=1), 0, 1, 1.0) == 1
+    assert to_warm(demand(0.0, waiting=1), 0, 0, 1.0) == 0, "it is on its way"
+    assert to_warm(demand(0.0, waiting=1), 1, 0, 1.0) == 0
+
+
+def test_nothing_gets_warm_beside_who_has_just_come_while_enough_are() -> None:
+    four = demand(0.0, 0.1, 0.2, 0.3, waiting=4)
+    assert to_warm(four, 2, 2, 0.3 + PAUSE / 2) == 0
+    assert to_warm(four, 2, 2, 0.3 + PAUSE) == 2
+    assert to_warm(four, 1, 3, 0.3 + PAUSE / 2) == 3, "too few"
 
 
 def test_acting_on_the_answer_settles() -> None:

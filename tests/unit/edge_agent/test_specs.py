@@ -11,6 +11,7 @@ import pytest
 from edge_agent import specs
 from edge_agent.control import Agent
 from edge_agent.jail.api import JailSpec, Zygote
+from edge_agent.jail.python import PARKS_VARIABLE
 from edge_agent.reservations import Reservations
 from edge_agent.starts import Starts
 from shared.resources import Resources
@@ -47,3 +48,21 @@ async def test_starts_asks_for_the_zygote_that_plans_show(tmp_path: Path, memory
         "zygote", agent, capacity.memory_bytes, "packages"
     )
     await jails.close()
+
+
+@pytest.mark.parametrize(
+    ("run", "resources", "waits"),
+    [
+        ('entry = "a:agent"', "", True),
+        ('entry = "a:agent"\nstart = "parked"', "", True),
+        ('entry = "a:agent"\nstart = "zygote"', "", False),
+        ('entry = "a:agent"\nstart = "exec"', "", False),
+        ('command = ["./a"]', "", False),
+        ('entry = "a:agent"', 'devices = ["gpu"]', False),
+    ],
+)
+def test_a_zygote_knows_whether_its_forks_wait_for_users(run: str, resources: str, waits: bool) -> None:
+    toml = f'[agent]\nname = "a"\n[run]\n{run}\n[resources]\n{resources}\n'
+    agent = Agent.of("v1", toml, "0" * 64)
+    assert specs.parks(agent.policy) is waits
+    assert (PARKS_VARIABLE in specs.of_zygote("zygote", agent, 8 << 30, "").env) is waits

@@ -11,14 +11,15 @@ import pytest
 
 from edge_agent.control import Agent
 from edge_agent.jail.api import JailSpec
-from edge_agent.pool import PAUSE, QUIET
+from edge_agent.pool import FEW, PAUSE, QUIET, SOON
 from edge_agent.reservations import Reservations
 from edge_agent.starts import ZYGOTE_QUIET, Exec, FromZygote, Parked, Starts
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
 from shared.resources import Resources
 from tests.support.egress import no_egress
-from tests.support.fake_jails import FakeAgent, FakeJails
+from tests.support.eventually import eventually
+from tests.support.fake_jails import WARM, FakeAgent, FakeJail, FakeJails
 
 CAPACITY = Resources(1 << 30, 8000, 1000)
 
@@ -30,7 +31,13 @@ def agent(start: str = "auto", version: str = "v1") -> Agent:
 
 async def ready(agent: FakeAgent) -> None:
     await agent.send(b'{"kind": "ready"}')
-    await agent.hang()
+    while True:
+        await agent.receive()
+
+
+async def _turns_of_the_loop() -> None:
+    for _ in range(200):
+        await asyncio.sleep(0)
 
 
 @dataclass
@@ -39,6 +46,7 @@ class Bench:
     jails: FakeJails
     reservations: Reservations
     now: list[float]
+    wakes: list[None]  # one for each time that a pass was asked for
 
     def ways(self, agent: Agent, is_new_here: bool = True) -> list[str]:
         return [type(way).__name__ for way in self.starts.ways(agent, "", is_new_here)]
@@ -47,15 +55,17 @@ class Bench:
         self.now[0] += 2 * PAUSE
         for _ in range(passes):
             await self.starts.reconcile()
-            for _ in range(200):  # what was begun comes to its end, by turns of the loop alone
-                await asyncio.sleep(0)
+            await _turns_of_the_loop()  # by which alone what was begun comes to its end
             if tasks := [
-                t for t in asyncio.all_tasks() if t.get_name().startswith(("park", "zygote", "end"))
+                t for t in asyncio.all_tasks() if t.get_name().startswith(("park", "warm", "zygote", "end"))
             ]:
                 await asyncio.wait(tasks, timeout=5.0)
 
     def parked(self) -> list[str]:
         return [jail_id for jail_id in self.jails.running if "-parked-" in jail_id]
+
+    def warm(self) -> int:
+        return sum(self.jails.running[jail_id].warm for jail_id in self.parked())
 
 
 @pytest.fixture
@@ -63,8 +73,9 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     now = [1000.0]
     jails = FakeJails(tmp_path, ready)
     reservations = Reservations("edge-1", CAPACITY)
-    starts = Starts(jails, reservations, no_egress(), lambda: now[0])
-    yield Bench(starts, jails, reservations, now)
+    wakes: list[None] = []
+    starts = Starts(jails, reservations, no_egress(), lambda: now[0], lambda: wakes.append(None))
+    yield Bench(starts, jails, reservations, now, wakes)
     await starts.close()
     await jails.close()
 
@@ -98,6 +109,84 @@ async def test_a_parked_jail_is_given_away_once(bench: Bench) -> None:
     while isinstance(way := next(iter(bench.starts.ways(agent(), "", True))), Parked):
         given.append(way.jail.jail_id)
     assert len(given) == len(set(given)) == 4
+
+
+async def test_the_warm_go_first_and_the_cold_when_there_are_no_others(bench: Bench) -> None:
+    for _ in range(FEW + 3):
+        bench.ways(agent())
+    bench.now[0] += SOON
+    await bench.settle(10)
+    assert (len(bench.parked()), bench.warm()) == (FEW + 3, FEW)
+    given = [next(iter(bench.starts.ways(agent(), "", True))) for _ in range(FEW + 3)]
+    jails = [way.jail for way in given if isinstance(way, Parked)]
+    assert [isinstance(jail, FakeJail) and jail.warm for jail in jails] == [True] * FEW + [False] * 3
+
+
+async def test_as_many_get_warm_as_came_of_late(bench: Bench) -> None:
+    for _ in range(FEW + 3):
+        bench.ways(agent())
+    await bench.settle(10)
+    assert bench.warm() == FEW + 3
+
+
+async def test_a_jail_that_is_being_warmed_is_given_to_nobody(bench: Bench) -> None:
+    async def slow(agent: FakeAgent) -> None:
+        await agent.send(b'{"kind": "ready"}')
+        assert await agent.to_agent.get() == WARM
+        await agent.hang()
+
+    bench.jails.program = slow
+    bench.ways(agent())
+    for _ in range(3):
+        bench.now[0] += 2 * PAUSE
+        await bench.starts.reconcile()
+        await _turns_of_the_loop()
+    assert bench.starts.parked == len(bench.parked()) == 1, "it counts as one that waits"
+    assert bench.ways(agent()) == ["FromZygote", "Exec"]
+
+
+@pytest.mark.parametrize("fault", ["ends", "says something else", "writes to its state"])
+async def test_a_jail_that_fails_to_get_warm_ends_and_after_two_they_wait_cold(
+    bench: Bench, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    warmed = []
+
+    async def faulty(agent: FakeAgent) -> None:
+        await agent.send(b'{"kind": "ready"}')
+        assert await agent.to_agent.get() == WARM
+        warmed.append(agent.spec.jail_id)
+        if fault == "ends":
+            return
+        if fault == "writes to its state":
+            (agent.state / "left").touch()
+        await agent.send(b'{"kind": "delta"}' if fault == "says something else" else b'{"kind": "ready"}')
+        await agent.hang()
+
+    bench.jails.program = faulty
+    bench.ways(agent())
+    await bench.settle(10)
+    assert len(warmed) == 2
+    assert not set(warmed) & set(bench.parked()), "they have ended"
+    assert not set(warmed) & set(await bench.jails.directories())
+    assert len(bench.parked()) == 1
+    assert bench.ways(agent())[0] == "Parked", "a cold one"
+    assert caplog.text.count("wait cold from now on") == 1
+
+
+async def test_who_has_just_come_is_left_alone(bench: Bench) -> None:
+    bench.ways(agent())
+    bench.starts.discard("left-by-somebody")
+    await _turns_of_the_loop()
+    assert not bench.wakes
+    await eventually(lambda: bench.wakes, 5.0)
+
+
+async def test_a_zygote_that_somebody_waits_for_begins_at_once(bench: Bench) -> None:
+    waiting = asyncio.create_task(bench.starts.expect(agent(), "", 60.0))
+    await asyncio.sleep(0)
+    assert bench.wakes
+    await bench.starts.reconcile()
+    await waiting
 
 
 async def test_versions_are_not_mixed(bench: Bench) -> None:

@@ -19,17 +19,23 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "chef"))
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Serves a handler in a thread, with its state in tmp_path; returns the node's end once it is ready."""
+    """Serves a handler in a thread, with its state in tmp_path; returns the node's end once it is ready. With
+    `warm_up`, if it is `told` so, it is warm then."""
     nodes: list[Node] = []
     threads: list[threading.Thread] = []
 
-    def start(handler: Callable[..., Any], warm_up: Callable[[], Any] | None = None) -> Node:
+    def start(
+        handler: Callable[..., Any], warm_up: Callable[[], Any] | None = None, *, told: bool = True
+    ) -> Node:
         ours, theirs = socket.socketpair()
         thread = threading.Thread(target=sdk.serve, args=(handler, theirs, tmp_path, warm_up))
         thread.start()
         threads.append(thread)
         nodes.append(Node(ours))
         assert nodes[-1].receive() == {"kind": "ready"}
+        if warm_up is not None and told:
+            nodes[-1].send(kind="warm")
+            assert nodes[-1].receive() == {"kind": "ready"}
         return nodes[-1]
 
     yield start

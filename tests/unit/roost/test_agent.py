@@ -33,7 +33,7 @@ def test_a_turn_is_answered_with_its_id(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
-def test_what_warms_it_up_has_run_before_it_is_ready(serve: Serve, kind: str) -> None:
+def test_what_warms_it_up_has_run_before_it_is_ready_again(serve: Serve, kind: str) -> None:
     made: list[str] = []
 
     async def warm_up() -> None:
@@ -42,6 +42,13 @@ def test_what_warms_it_up_has_run_before_it_is_ready(serve: Serve, kind: str) ->
     node = serve(visits, warm_up if kind == "async" else lambda: made.append("plain"))
     assert made == [kind]
     assert node.turn("hi")[-1]["text"] == "ana 1"
+
+
+def test_one_that_was_not_told_to_warm_up_answers_too(serve: Serve) -> None:
+    made: list[str] = []
+    node = serve(visits, lambda: made.append("plain"), told=False)
+    assert node.turn("hi")[-1]["text"] == "ana 1"
+    assert not made
 
 
 def test_a_handler_finds_the_event_loop_that_was_made_when_it_warmed_up(serve: Serve) -> None:
