@@ -41,9 +41,7 @@ class Line:
         self._results: dict[tuple[str, Any], Message] = {}
 
     def emit(self, message: Message) -> None:
-        payload = _json(message)
-        if len(payload) > MAX_FRAME:
-            raise ValueError(f"a message of {len(payload)} bytes is over the limit of {MAX_FRAME >> 20} MiB")
+        frame = _frame(message)
         with self._sending:
             if "id" in message and message["id"] != self._current:
                 raise RuntimeError("this turn has ended: nothing more can be said or run in it")
@@ -51,7 +49,13 @@ class Line:
                 with self._changed:
                     self._current = None
                     self._changed.notify_all()
-            self._node.sendall(_LENGTH.pack(len(payload)) + payload)
+            self._node.sendall(frame)
+
+    def ready(self) -> None:
+        """Says so. The message is made already: many a process says nothing else for long, and is to write to
+        as little memory as it can."""
+        with self._sending:
+            self._node.sendall(_READY)
 
     def next(self) -> Message | None:
         """A "turn" or "warm". None when the node has closed."""
@@ -126,6 +130,12 @@ def _read_exactly(node: socket.socket, count: int) -> bytes | None:
     return bytes(parts)
 
 
-def _json(value: object) -> bytes:
-    """`value` as JSON in UTF-8; lone surrogates, which UTF-8 can't carry, become question marks."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+def _frame(message: Message) -> bytes:
+    """As it is sent, in UTF-8; lone surrogates, which UTF-8 can't carry, become question marks."""
+    payload = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")
+    if len(payload) > MAX_FRAME:
+        raise ValueError(f"a message of {len(payload)} bytes is over the limit of {MAX_FRAME >> 20} MiB")
+    return _LENGTH.pack(len(payload)) + payload
+
+
+_READY = _frame({"kind": "ready"})

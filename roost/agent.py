@@ -156,7 +156,7 @@ class Agent:
     def __init__(self) -> None:
         self._handler: Callable[[Turn], Any] | None = None
         self._warm_up: Callable[[], Any] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._service: tuple[Line, Answerer] | None = None
 
     def turn(self, handler: Handler) -> Handler:
         """Makes `handler(turn)` the one that answers. It may be a function or an async one that returns the
@@ -174,24 +174,29 @@ class Agent:
         self._warm_up = function
         return function
 
+    def prepare(self, node: socket.socket) -> None:
+        """Makes what `run` needs to talk to `node`, once for all forks: this process itself does not run."""
+        assert self._handler is not None
+        self._service = service(self._handler, node, STATE_DIR)
+
     def make_loop(self) -> None:
-        """What an asynchronous handler's first turn would make, while there is no user yet."""
-        if _is_async(self._handler):
-            self._loop = _new_loop()
-            self._loop.run_until_complete(asyncio.sleep(0))
+        """Of what is prepared: what an asynchronous handler's first turn would make."""
+        if self._service is not None:
+            self._service[1].make_loop()
 
     def run(self) -> NoReturn:
         """Answers turns until the node ends it; outside of a node, those typed at this terminal."""
         if self._handler is None:
             raise RuntimeError("this agent has no turn handler: write one under @agent.turn")
-        fd = os.environ.get(FD_VARIABLE)
-        if fd is None:
+        if self._service is not None:
+            serve(*self._service, self._warm_up)
+        elif (fd := os.environ.get(FD_VARIABLE)) is not None:
+            with socket.socket(fileno=int(fd)) as node:
+                serve(*service(self._handler, node, STATE_DIR), self._warm_up)
+        else:
             from roost import _here  # is not in jails
 
             _here.chat(self._handler, LOCAL_STATE_DIR)
-        else:
-            with socket.socket(fileno=int(fd)) as node:
-                serve(self._handler, node, STATE_DIR, self._warm_up, self._loop)
         sys.exit(0)
 
 
@@ -256,8 +261,7 @@ class Answerer:
     def get_warm(self, warm_up: Callable[[], Any] | None) -> None:
         """Makes what a first turn would, while there is no user yet, and runs what the developer has for it.
         That this fails is no reason not to answer turns."""
-        if _is_async(self._handler):
-            self._loop = self._loop or _new_loop()
+        self.make_loop()
         rehearse(self._state_dir, self._loop)
         if warm_up is None:
             return
@@ -267,6 +271,14 @@ class Answerer:
                 self._wait(_awaited(result))
         except Exception:
             traceback.print_exc()
+
+    def make_loop(self) -> None:
+        """For an asynchronous handler, if there is none yet."""
+        if self._loop is None and (
+            inspect.iscoroutinefunction(self._handler) or inspect.isasyncgenfunction(self._handler)
+        ):
+            self._loop = _new_loop()
+            self._loop.run_until_complete(asyncio.sleep(0))
 
     def _run(self, asked: Message) -> str:
         if self._saved is None:
@@ -338,10 +350,6 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def _is_async(handler: object) -> bool:
-    return inspect.iscoroutinefunction(handler) or inspect.isasyncgenfunction(handler)
-
-
 def _new_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -356,25 +364,28 @@ def _one_line(error: BaseException) -> str:
 # --- on a node -----------------------------------------------------------------------------------
 
 
-def serve(
+def service(
     handler: Callable[[Turn], Any],
     node: socket.socket,
     state_dir: Path,
-    warm_up: Callable[[], Any] | None = None,
     loop: asyncio.AbstractEventLoop | None = None,
-) -> None:
-    """Answers the turns that come over `node`; returns when the other side has closed it. `warm_up` is run
-    when the node says so; `loop` is for asynchronous handlers, if there is one already."""
+) -> tuple[Line, Answerer]:
+    """What `serve` serves with. `loop` is for asynchronous handlers, if there is one already."""
     line = Line(node)
-    answerer = Answerer(handler, state_dir, line.emit, line.ask, loop)
+    return line, Answerer(handler, state_dir, line.emit, line.ask, loop)
+
+
+def serve(line: Line, answerer: Answerer, warm_up: Callable[[], Any] | None = None) -> None:
+    """Answers the turns that come over `line`; returns when the node has closed it. `warm_up` is run when the
+    node says so."""
     try:
-        line.emit({"kind": "ready"})
+        line.ready()
         while (asked := line.next()) is not None:
             if asked["kind"] == "turn":
                 answerer.answer(asked)
             else:
                 answerer.get_warm(warm_up)
-                line.emit({"kind": "ready"})
+                line.ready()
     except (BrokenPipeError, ConnectionResetError):
         return  # the node is gone, or has ended this agent
 
@@ -388,7 +399,7 @@ def rehearse(state_dir: Path, loop: asyncio.AbstractEventLoop | None) -> None:
         asked = json.dumps({"kind": "turn", "id": "", "user": "", "message": ""}).encode()
         theirs.sendall(struct.pack(">I", len(asked)) + asked)
         theirs.shutdown(socket.SHUT_WR)
-        serve(_rehearsed if loop is None else _rehearsed_async, ours, state_dir, loop=loop)
+        serve(*service(_rehearsed if loop is None else _rehearsed_async, ours, state_dir, loop))
 
 
 def _rehearsed(turn: Turn) -> Iterator[str]:

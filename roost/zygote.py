@@ -22,31 +22,33 @@ import json
 import os
 import random
 import resource
-import signal
 import socket
 import struct
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
-from roost.agent import Agent, load
+from roost._memory import fill_holes, shared_memory
+from roost.agent import STATE_DIR, Agent, load
 
 WIRE_FD, TURN_FD = 3, 3
+_NODE_FD = 64  # where WIRE_FD is moved to, out of the way of the agent's, which has its number
 PARKS_VARIABLE = "ROOST_PARKS"  # set where forks wait for users who have not come yet, most of them for long
 EXIT_FAILED = 3
 
 _LENGTH = struct.Struct(">I")
-_MAX_MESSAGE = 1 << 20
-_MAX_FDS = 32
+_ANCILLARY = socket.CMSG_LEN(32 * 4)  # of so many descriptors
 _USER, _PID = 0x10000000, 0x20000000
 # cgroup, ipc, uts, net, mnt: the order in which they come.
 _NAMESPACES = (0x02000000, 0x08000000, 0x04000000, 0x40000000, 0x00020000)
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 24, 38, 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+_PR_SET_SECCOMP = 22
 _CAP_VERSION_3 = 0x20080522
+_MAX_FILTER = 4096 * 8  # bytes, as the kernel has it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # The variant that keeps the GIL: between fork and the child's return nothing else may touch the interpreter.
@@ -57,6 +59,16 @@ class _FilterProgram(ctypes.Structure):
     """struct sock_fprog."""
 
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
+
+
+# Made here, once for all forks: see "in the child".
+_decoder = json.JSONDecoder()
+_no_capabilities = struct.pack("=II", _CAP_VERSION_3, 0), bytes(24)
+_mode_filter = ctypes.c_ulong(2)
+_filter = ctypes.create_string_buffer(_MAX_FILTER)
+_program = _FilterProgram(0, ctypes.addressof(_filter))
+_generator: Any = random._inst
+_seed_random = super(random.Random, _generator).seed
 
 
 class _Where(NamedTuple):
@@ -79,8 +91,9 @@ class _Given(NamedTuple):
 
 def main_zygote(entry: str) -> NoReturn:
     """Forks on demand until the node closes the socket. In a child it becomes the agent."""
-    node = socket.socket(fileno=WIRE_FD)
-    node.set_inheritable(False)
+    turn = socket.socket(fileno=TURN_FD)  # which it is in each fork
+    turn.set_inheritable(False)
+    node = socket.socket(fileno=fcntl.fcntl(WIRE_FD, fcntl.F_DUPFD_CLOEXEC, _NODE_FD))
     parks = os.environ.pop(PARKS_VARIABLE, None) is not None
     hooks = _Hooks()
     hooks.record()
@@ -91,16 +104,19 @@ def main_zygote(entry: str) -> NoReturn:
     threads = _threads()
     if threads > 1:
         _fail(node, f"its import left {threads - 1} threads running, and a fork would lose them")
-    shared = _shared_memory()
+    shared = shared_memory()
     if shared:
         _fail(node, f"its import left {shared} mapped, which every user's instance would share")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children that only fork the agent
+    agent.prepare(turn)
+    os.environ["HOME"] = str(STATE_DIR)  # as in each fork, which then has nothing to change
+    made = _Fork(node, agent, hooks, dict(os.environ), parks, [])
     gc.collect()
+    made.kept.extend(fill_holes())
     gc.freeze()
     _send(node, {"step": "ready"})
-    prepare = _nothing if parks else agent.make_loop
     while True:
-        _fork_spare(node, agent, hooks, prepare)
+        _fork_spare(made)
+        _reap()
 
 
 class _Hooks:
@@ -134,27 +150,42 @@ class _Hooks:
             hook()
 
 
+class _Fork(NamedTuple):
+    """What each fork gets of its zygote. `environment`: as it is. `parks`: the fork may have to wait for
+    long, and makes nothing ahead. `kept`: so that it is not freed."""
+
+    node: socket.socket
+    agent: Agent
+    hooks: _Hooks
+    environment: dict[str, str]
+    parks: bool
+    kept: list[object]
+
+
 def _fork() -> int:
     """A fork without the interpreter's own hooks: they are about other threads, which a zygote has not, and
     touch most of a megabyte, which every instance would then have for itself."""
     return _check(_libc_with_gil.fork(), "fork")
 
 
-def _nothing() -> None:
-    """What a fork prepares that may have to wait for long: it writes to no page that it can leave alone."""
+def _reap() -> None:
+    """The children that only fork the agent. Who has not ended yet is left to the next call."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
-def _fork_spare(node: socket.socket, agent: Agent, hooks: _Hooks, prepare: Callable[[], None]) -> None:
+def _fork_spare(made: _Fork) -> None:
     """Has a child wait for the next request, so that the fork is done before somebody waits for it. Returns
-    when it has taken one. `prepare` is run in the child's fork, ahead."""
+    when it has taken one."""
     told, tell = os.pipe()
     if _fork() == 0:
         os.close(told)
-        request, fds = _receive(node)
+        request, fds = _receive(made.node)
         if request is None:
             os._exit(0)
         os.write(tell, b".")  # taken
-        _enter(node, agent, hooks, prepare, _Where(*fds), tell)
+        _enter(made, _Where(*fds), tell)
     os.close(tell)
     if not os.read(told, 1):
         os._exit(0)  # the node has closed the socket
@@ -174,58 +205,42 @@ def _threads() -> int:
         return threading.active_count()
 
 
-def _shared_memory() -> str:
-    """The first mapping whose pages all forks could write to and see; empty if there is none. Without this,
-    what one user's instance is made to write there reaches another's."""
-    name = ""
-    with open("/proc/self/smaps", errors="replace") as file:
-        for line in file:
-            fields = line.split()
-            if fields[0] == "VmFlags:" and "sh" in fields:
-                return name
-            if not fields[0].endswith(":"):
-                name = "shared memory" + (f" ({fields[5]})" if len(fields) > 5 else "")
-    return ""
-
-
 # --- in the child ------------------------------------------------------------------------------------
+#
+# Forks wait here, for long and in great number, and each page that one writes to is its own from then on. In
+# CPython to use an object is to write to it: so what can be made in the zygote is made there, and the
+# shortest way is taken, through the fewest functions.
 
 
-def _enter(
-    node: socket.socket,
-    agent: Agent,
-    hooks: _Hooks,
-    prepare: Callable[[], None],
-    where: _Where,
-    tell: int,
-) -> NoReturn:
+def _enter(made: _Fork, where: _Where, tell: int) -> NoReturn:
     """Goes to the jail's processes and forks there; lives on until the node has seen that. Writes to `tell`
     when the zygote may fork again: at the same time both forks would be slower."""
     try:
-        node.close()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _set_namespace(where.user, _USER)
         _set_namespace(where.pid, _PID)
-        hooks.before()
+        made.hooks.before()
         pid = _fork()
     except BaseException as error:
         os.write(tell, b".")
         _end_with(where.report, f"a zygote's child can't enter the jail: {error!r}")
     if pid == 0:
-        _wait(agent, hooks, prepare, where.line)
+        _wait(made, where.line)
     os.write(tell, b".")
-    os.close(where.line)
+    for fd in (TURN_FD, _NODE_FD, where.line):
+        os.close(fd)
     with socket.socket(fileno=where.report) as report:
         _send(report, {"pid": pid})
         report.recv(1)
     os._exit(0)
 
 
-def _wait(agent: Agent, hooks: _Hooks, prepare: Callable[[], None], line: int) -> NoReturn:
+def _wait(made: _Fork, line: int) -> NoReturn:
     """Waits until the jail is somebody's, and becomes the agent. All that it inherited is closed before."""
+    node = made.node
     try:
-        node = socket.socket(fileno=_alone(line))
-        prepare()
+        _leave_all_but(line)
+        if not made.parks:
+            made.agent.make_loop()
         request, fds = _receive(node)
         if request is None:
             os._exit(0)  # nobody has wanted it
@@ -234,15 +249,15 @@ def _wait(agent: Agent, hooks: _Hooks, prepare: Callable[[], None], line: int) -
             os.write(group, b"0")
         for fd, kind in zip(given.namespaces, _NAMESPACES):  # noqa: B905  # Python 3.9
             _set_namespace(fd, kind)
-        _become_agent(given, request)
-        hooks.in_child()
+        _become_agent(given, request, made.environment)
+        made.hooks.in_child()
         for fd in fds:
             os.close(fd)
-        _send(node, {"step": "entered"})
-        node.close()
+        node.sendall(_ENTERED)
+        os.close(node.detach())
     except BaseException as error:
-        _end_with(line, f"a zygote's child can't become the agent: {error!r}")
-    agent.run()
+        _end_with(_NODE_FD, f"a zygote's child can't become the agent: {error!r}")
+    made.agent.run()
 
 
 def _set_namespace(fd: int, kind: int) -> None:
@@ -257,18 +272,18 @@ def _end_with(report: int, problem: str) -> NoReturn:
         os._exit(1)
 
 
-def _alone(line: int) -> int:
-    """A copy of `line`, which is now all that is open, beside descriptors 0 to 3, kept for what comes."""
-    line = fcntl.fcntl(line, fcntl.F_DUPFD_CLOEXEC, 64)
+def _leave_all_but(line: int) -> None:
+    """It takes the place of the zygote's socket, and is then all that is open, beside descriptors 0 to 3,
+    which are kept for what comes."""
+    os.dup2(line, _NODE_FD, False)
     null = os.open("/dev/null", os.O_RDONLY)
     for number in range(TURN_FD + 1):
         os.dup2(null, number)
-    os.closerange(TURN_FD + 1, line)
-    os.closerange(line + 1, 1 << 16)
-    return line
+    os.closerange(TURN_FD + 1, _NODE_FD)
+    os.closerange(_NODE_FD + 1, 1 << 16)
 
 
-def _become_agent(given: _Given, request: dict[str, Any]) -> None:
+def _become_agent(given: _Given, request: dict[str, Any], environment: dict[str, str]) -> None:
     """The same as an agent that is executed: see edge_agent/jail/agent_process.py."""
     uid = int(request["uid"])
     os.setsid()
@@ -280,15 +295,16 @@ def _become_agent(given: _Given, request: dict[str, Any]) -> None:
     os.setresuid(uid, uid, uid)
     os.chdir("/agent")
     for source, target in ((given.output, 1), (given.output, 2), (given.turn, TURN_FD)):
-        os.dup2(source, target, inheritable=True)
-    _set_environment(request["env"])
+        os.dup2(source, target)
+    if request["env"] != environment:
+        _set_environment(request["env"])
     _seed()
     # The kernel keeps capabilities here, as neither uid was the namespace's root: they are dropped by name.
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break
     _check(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0), "prctl")
-    _check(_libc.capset(struct.pack("=II", _CAP_VERSION_3, 0), struct.pack("=6I", *[0] * 6)), "capset")
+    _check(_libc.capset(*_no_capabilities), "capset")
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     # Gives it its own /proc/self back, which the change of uid took away. Nobody else has this uid.
     _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
@@ -306,16 +322,16 @@ def _set_environment(env: dict[str, str]) -> None:
 
 
 def _filter_system_calls(program: bytes) -> None:
-    pointer = ctypes.cast(ctypes.c_char_p(program), ctypes.c_void_p)  # a buffer would be a type of its own
-    header = _FilterProgram(len(program) // 8, pointer)
-    mode = ctypes.c_ulong(_SECCOMP_MODE_FILTER)
-    _check(_libc.prctl(_PR_SET_SECCOMP, mode, ctypes.byref(header), 0, 0), "seccomp")
+    _filter.raw = program
+    _program.length = len(program) // 8
+    _check(_libc.prctl(_PR_SET_SECCOMP, _mode_filter, ctypes.byref(_program), 0, 0), "seccomp")
 
 
 def _seed() -> None:
     """What the import seeded would be the same for each user. `os.urandom`, `uuid`, `secrets` and `ssl` need
     nothing; generators that the agent's module made itself are its own matter."""
-    random.seed()
+    _seed_random()
+    _generator.gauss_next = None
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
@@ -332,20 +348,30 @@ def _check(result: int, what: str) -> int:
 
 
 def _send(node: socket.socket, message: dict[str, Any]) -> None:
+    node.sendall(_frame(message))
+
+
+def _frame(message: dict[str, Any]) -> bytes:
     payload = json.dumps(message).encode()
-    node.sendall(_LENGTH.pack(len(payload)) + payload)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+_ENTERED = _frame({"step": "entered"})
 
 
 def _receive(node: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """The next message with its descriptors; None when the node has closed."""
     data = b""
     fds: list[int] = []
-    while len(data) < _LENGTH.size or len(data) < _LENGTH.size + _LENGTH.unpack_from(data)[0]:
-        wanted = _LENGTH.size + (_LENGTH.unpack_from(data)[0] if len(data) >= _LENGTH.size else 0)
-        part, more, _, _ = socket.recv_fds(node, min(wanted - len(data), _MAX_MESSAGE), _MAX_FDS)
-        fds += more
+    wanted = _LENGTH.size
+    while len(data) < wanted:
+        part, ancillary, _, _ = node.recvmsg(wanted - len(data), _ANCILLARY)
+        for _, _, passed in ancillary:
+            fds += memoryview(passed).cast("i")
         if not part:
             return None, fds
         data += part
-    message: dict[str, Any] = json.loads(data[_LENGTH.size :])
+        if len(data) == _LENGTH.size:
+            wanted += int.from_bytes(data, "big")
+    message: dict[str, Any] = _decoder.raw_decode(data[_LENGTH.size :].decode())[0]
     return message, fds

@@ -16,6 +16,7 @@ from edge_agent.jail.protocol import AGENT_ID, Make, Refused, Way
 
 # What agents import of roost.
 SDK = ("__init__.py", "agent.py", "_effects.py", "_line.py", "_tasks.py", "_timers.py")
+_ZYGOTE = ("zygote.py", "_memory.py")  # and zygotes
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _OF_ETC = ("/etc/ld.so.cache", "/etc/ssl/certs", "/etc/pki/tls/certs", "/etc/pki/ca-trust/extracted")
 # Of the whole kernel, or with switches in it. None may be written to; those in the second list tell about
@@ -125,7 +126,7 @@ def zygote_plan(request: Make, system: System, config: JailerConfig) -> tuple[Op
     inner = "/run/inner"
     return (
         *_jail_tree(request, system, config),
-        plan.Bind(system.sources + "/roost/zygote.py", new + "/roost/roost/zygote.py"),
+        *(plan.Bind(f"{system.sources}/roost/{name}", f"{new}/roost/roost/{name}") for name in _ZYGOTE),
         plan.Directory(new + inner),
         plan.PivotRoot(new),
         plan.CopyRoot(inner),

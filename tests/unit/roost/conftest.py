@@ -28,7 +28,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         handler: Callable[..., Any], warm_up: Callable[[], Any] | None = None, *, told: bool = True
     ) -> Node:
         ours, theirs = socket.socketpair()
-        thread = threading.Thread(target=sdk.serve, args=(handler, theirs, tmp_path, warm_up))
+        thread = threading.Thread(target=sdk.serve, args=(*sdk.service(handler, theirs, tmp_path), warm_up))
         thread.start()
         threads.append(thread)
         nodes.append(Node(ours))
