@@ -17,7 +17,9 @@ QUIET = 120.0  # seconds without a start, after which none is parked
 MOST = 32  # of one version
 SOON = 10.0  # seconds; as many starts as fell into it are warmed up for: those who come next
 FEW = 2  # that are warm at least, as far as any wait
-PAUSE = 0.1  # seconds after a start in which the machine is its user's, unless few still wait
+# Seconds after a start in which the machine is its user's, unless few still wait. Some times what a first
+# reply may take; more would only put the work into the way of the next who comes.
+PAUSE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,12 @@ def decide(demands: Mapping[str, Demand], spare: Resources, now: float) -> dict[
         if granted != demand.waiting:
             changes[version] = granted - demand.waiting
     return changes
+
+
+def at_once(demand: Demand, now: float) -> int:
+    """How many jails to park at the same time, and how many to warm up. One, as long as enough wait: whoever
+    comes meanwhile finds a processor that has nothing to do, if there are two."""
+    return 1 if demand.waiting >= _wanted(demand, now) // 2 else 2
 
 
 def to_warm(demand: Demand, warm: int, cold: int, now: float) -> int:

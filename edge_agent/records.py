@@ -70,11 +70,15 @@ class Records:
                 with suppress(FileNotFoundError):
                     os.replace(f"{path}{suffix}", f"{path}.damaged{suffix}")
             self._db = _open(path)
+        # All that have a row, and maybe some that had one: most starts ask for one that has not.
+        self._jails = {jail_id for (jail_id,) in self._db.execute("SELECT jail_id FROM instances")}
 
     def close(self) -> None:
         self._db.close()
 
     def get(self, jail_id: str) -> NodeRecord | None:
+        if jail_id not in self._jails:
+            return None
         with _told():
             row = self._db.execute("SELECT * FROM instances WHERE jail_id = ?", (jail_id,)).fetchone()
         if row is None:
@@ -116,6 +120,7 @@ class Records:
                     record.index,
                 ),
             )
+        self._jails.add(record.jail_id)
 
     def set_busy(self, jail_id: str) -> None:
         """A turn begins: until the next `put` the directory may be anything."""
@@ -125,6 +130,7 @@ class Records:
     def delete(self, jail_id: str) -> None:
         with _told():
             self._db.execute("DELETE FROM instances WHERE jail_id = ?", (jail_id,))
+        self._jails.discard(jail_id)
 
 
 def _open(path: Path) -> sqlite3.Connection:

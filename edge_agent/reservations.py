@@ -28,6 +28,8 @@ class Reservations:
         self.capacity = capacity
         self._node = node
         self._kept: dict[Holder, _Kept] = {}
+        self._total = Resources()  # of these; to add up thousands would take a start longer than all else
+        self._next_expiry = math.inf  # nothing runs out before
 
     def reserve(self, key: InstanceKey, epoch: int, need: Resources, now: float, hold: float) -> None:
         """Keeps room for `hold` seconds. NODE_FULL if there is none. Repeating it renews it."""
@@ -41,11 +43,11 @@ class Reservations:
         """What is kept for a later epoch stays: an instance that is on its way out does not speak for it."""
         kept = self._kept.get(key)
         if kept is not None and kept.epoch <= epoch:
-            del self._kept[key]
+            self._forget(key)
 
     def total(self, now: float) -> Resources:
         self._expire(now)
-        return sum((kept.need for kept in self._kept.values()), Resources())
+        return self._total
 
     def _keep(self, key: Holder, wanted: _Kept, now: float) -> None:
         mine = self._kept.get(key)
@@ -59,7 +61,19 @@ class Reservations:
             )
         if mine is not None and mine.epoch == wanted.epoch:
             wanted = replace(wanted, until=max(wanted.until, mine.until))
+        self._forget(key)
         self._kept[key] = wanted
+        self._total += wanted.need
+        self._next_expiry = min(self._next_expiry, wanted.until)
 
     def _expire(self, now: float) -> None:
-        self._kept = {key: kept for key, kept in self._kept.items() if kept.until > now}
+        if now < self._next_expiry:
+            return
+        for key in [key for key, kept in self._kept.items() if kept.until <= now]:
+            self._forget(key)
+        self._next_expiry = min((kept.until for kept in self._kept.values()), default=math.inf)
+
+    def _forget(self, key: Holder) -> None:
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            self._total -= kept.need

@@ -19,7 +19,7 @@ import re
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, assert_never
 
 from edge_agent import pool
@@ -40,7 +40,6 @@ ZYGOTE_QUIET = 600.0  # seconds without a start after which it is ended
 _FAILURES = 2
 _PAUSE = 5.0  # seconds before a zygote is started again
 _ZYGOTE_ID = re.compile(r"zygote-.*-[0-9a-f]{16}")  # an instance's ends with 24
-_AT_ONCE = 2  # jails that are parked at the same time, and that are warmed up
 _WARM = json.dumps({"kind": "warm"}).encode()
 
 
@@ -106,6 +105,10 @@ class _Version:
     def waiting(self) -> int:
         """Jails that wait for a user, and those on their way to."""
         return len(self.cold) + len(self.warm) + self.parking + self.warming
+
+    @property
+    def demand_now(self) -> pool.Demand:
+        return replace(self.demand, waiting=self.waiting)
 
     @property
     def live_zygote(self) -> Zygote | None:
@@ -202,9 +205,10 @@ class Starts:
         for name, version in list(self._versions.items()):
             self._forget_ended(version)
             self._keep_zygote(name, version, spare, now)
-        for name, change in pool.decide(self._demands(), spare, now).items():
+        demands = self._demands()
+        for name, change in pool.decide(demands, spare, now).items():
             version = self._versions[name]
-            for _ in range(min(change, _AT_ONCE - version.parking)):
+            for _ in range(min(change, pool.at_once(demands[name], now) - version.parking)):
                 version.parking += 1
                 self._do(f"park {name}", self._park(version))
             for jail in _pop(-change, version.cold, version.warm):
@@ -226,7 +230,7 @@ class Starts:
 
     def _demands(self) -> dict[str, pool.Demand]:
         return {
-            name: pool.Demand(v.demand.need, v.demand.starts, v.waiting)
+            name: v.demand_now
             for name, v in self._versions.items()
             if parks(v.agent.policy) and (v.live_zygote or v.waiting)
         }
@@ -235,8 +239,9 @@ class Starts:
         if version.not_warmed >= _FAILURES:
             return
         warm = len(version.warm) + version.warming
-        count = pool.to_warm(version.demand, warm, len(version.cold), now)
-        for jail in _pop(min(count, _AT_ONCE - version.warming), version.cold):
+        demand = version.demand_now
+        count = pool.to_warm(demand, warm, len(version.cold), now)
+        for jail in _pop(min(count, pool.at_once(demand, now) - version.warming), version.cold):
             version.warming += 1
             self._do(f"warm {name}", self._warm(version, jail))
 

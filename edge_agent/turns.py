@@ -141,8 +141,6 @@ async def _reply(jail: Jail, turn_id: str, deltas: Deltas, tasks: TurnTasks, cal
     streamed = received = 0
     while True:
         data = await jail.receive()
-        # An agent that never pauses must not keep the node from all else that it does.
-        await asyncio.sleep(0)
         message = _parse(data)
         if message.get("kind") != "run":  # of which few are kept at a time
             received += len(data)
@@ -167,6 +165,8 @@ async def _reply(jail: Jail, turn_id: str, deltas: Deltas, tasks: TurnTasks, cal
                 raise RoostError(Reason.TURN_FAILED, said, await _hint(jail, text))
             case _:
                 raise _garbage(f"it sent a {_cut(message.get('kind'))} that has not the right fields")
+        # An agent that never pauses must not keep the node from all else that it does.
+        await asyncio.sleep(0)
 
 
 async def _hint(jail: Jail, said: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edge_agent.pool import FEW, MOST, PAUSE, QUIET, SOON, WINDOW, Demand, decide, to_warm
+from edge_agent.pool import FEW, MOST, PAUSE, QUIET, SOON, WINDOW, Demand, at_once, decide, to_warm
 from shared.resources import Resources
 
 NEED = Resources(100, 100, 10)
@@ -19,8 +19,8 @@ def test_nothing_is_parked_for_what_nobody_started() -> None:
 
 
 def test_it_grows_with_each_start_and_shrinks_to_one_and_to_none() -> None:
-    assert decide({"a": demand(0.0)}, PLENTY, PAUSE) == {"a": 1}
-    assert decide({"a": demand(0.0, 1.0, 2.0, waiting=1)}, PLENTY, 2.0 + PAUSE) == {"a": 2}
+    assert decide({"a": demand(0.0)}, PLENTY, 2 * PAUSE) == {"a": 1}
+    assert decide({"a": demand(0.0, 1.0, 2.0, waiting=1)}, PLENTY, 2.0 + 2 * PAUSE) == {"a": 2}
     assert decide({"a": demand(0.0, 1.0, 2.0, waiting=3)}, PLENTY, 2.0 + WINDOW) == {"a": -2}
     assert decide({"a": demand(0.0, waiting=1)}, PLENTY, WINDOW) == {}
     assert decide({"a": demand(0.0, waiting=1)}, PLENTY, QUIET) == {"a": -1}
@@ -52,6 +52,12 @@ def test_scarce_room_goes_to_what_was_wanted_last() -> None:
     assert decide(demands, Resources(300, 10**9, 10**9), 2.0) == {"new": 2, "old": -1}
 
 
+def test_one_at_a_time_while_enough_wait() -> None:
+    assert at_once(demand(0.0, 0.1, 0.2, 0.3, waiting=2), 1.0) == 1
+    assert at_once(demand(0.0, 0.1, 0.2, 0.3, waiting=1), 1.0) == 2
+    assert at_once(demand(0.0), 1.0) == 1
+
+
 def test_those_who_come_next_find_warm_ones() -> None:
     five = demand(0.0, 1.0, 2.0, 3.0, 4.0, waiting=5)
     assert to_warm(five, 0, 5, 5.0) == 5, "as many as came of late"
@@ -71,7 +77,7 @@ def test_no_more_get_warm_than_wait_cold() -> None:
 def test_nothing_gets_warm_beside_who_has_just_come_while_enough_are() -> None:
     four = demand(0.0, 0.1, 0.2, 0.3, waiting=4)
     assert to_warm(four, 2, 2, 0.3 + PAUSE / 2) == 0
-    assert to_warm(four, 2, 2, 0.3 + PAUSE) == 2
+    assert to_warm(four, 2, 2, 0.3 + 2 * PAUSE) == 2
     assert to_warm(four, 1, 3, 0.3 + PAUSE / 2) == 3, "too few"
 
 
