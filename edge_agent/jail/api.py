@@ -1,4 +1,4 @@
-"""What the daemon sees of jails. Real: `edge_agent.jail.client`, which asks the jailer.
+"""What the daemon sees of jails. Real: `edge_agent.jail.client`, which asks the jailer, and `jailed`.
 Fake: `tests/support/fake_jails.py`, in memory. Both pass tests/contract/test_jails.py.
 
 Life of a jail: make -> (restore files) -> start -> turns -> kill. The jail's directory on this node's
@@ -100,7 +100,8 @@ class Jail(Protocol):
         ...
 
     async def freeze(self) -> None:
-        """Stops all of the agent's processes; returns when they have stopped. Init goes on."""
+        """Stops all of the agent's processes; returns when they have stopped. Init goes on. If it is cut off
+        or fails, nothing stays stopped."""
         ...
 
     async def thaw(self) -> None: ...

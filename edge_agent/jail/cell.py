@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
+from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.loop import Timer
 from edge_agent.jail.protocol import Ended, Make, Way
 from edge_agent.jail.spawn import Spawned
-from edge_agent.jail.wire import Wire, close_all
+from edge_agent.jail.wire import Wire, close_all, pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Cell:
     was_killed: bool = False
     reaped: bool = False
     patience: Timer | None = None  # of whoever waits for it to be made
+    struck: Timer | None = None  # when it is killed again
     pid: int = 0  # of init, which is the builder's until it is born, or of the zygote
     for_fork: tuple[int, ...] = ()  # given to the zygote once
     output: int = -1  # of its agent, to be read; given to the file service once
@@ -78,6 +81,21 @@ class Cell:
     def is_forked(self) -> bool:
         """Are its files served by the file service, and not by its init?"""
         return self.request.way is Way.FORK
+
+    def open_for_daemon(self, cgroups: Cgroups, give: Callable[[int], None]) -> tuple[int, ...]:
+        """A new control socket, whose other end is given to whoever serves the jail's files, the turn socket,
+        and what freezes the agent; the caller owns them. OSError, and Closed if `give` says so: then all is
+        as it was."""
+        with ExitStack() as undo:
+            turn = os.dup(self.init.turn.fileno())
+            undo.callback(os.close, turn)
+            freezer = cgroups.open_freezer(self.jail_id)
+            undo.callback(close_all, freezer)
+            ours, inner = pair()
+            undo.callback(ours.close)
+            give(inner.detach())
+            undo.pop_all()
+        return ours.detach(), turn, *freezer
 
     @property
     def is_zygote(self) -> bool:
@@ -116,6 +134,8 @@ class Cell:
 
     def close(self) -> None:
         self.calm()
+        if self.struck is not None:
+            self.struck.cancel()
         self.init.close()
         close_all(self.for_fork)
         if self.output >= 0:

@@ -6,12 +6,13 @@ the daemon: only a file that belongs to the jail's own uids can be guarded, whic
 
 How it can fail: the kernel can't (OSError: then there is no laziness); the daemon ends, and nobody will
 release: the jail is ended too. When the *jailer* is killed the kernel lets the openers through, to a file of
-zeros, in the moment in which they are killed as well; what they make of it is committed by nobody, since a
-commit takes a freeze, which the jailer does. truncate(2) by path opens nothing: who fills finds out. A file
-that has lost its last name has lost its mark, too, so who kept an O_PATH descriptor of it reads zeros: it is
-in no state any more. Guarded files take a descriptor each, and so do those who wait: of a jail there are at
-most _FILES and _WAITING, and of all jails as many of each as a quarter of our descriptors. Beyond that no
-file is guarded, and the jail of which most wait is ended.
+zeros, in the moment in which they are killed as well; what they make of it is committed by nobody, since the
+daemon, once it has frozen a jail with guarded files for a commit, asks the jailer whether it lives.
+truncate(2) by path opens nothing: who fills finds out. A file that has lost its last name has lost its mark,
+too, so who kept an O_PATH descriptor of it reads zeros: it is in no state any more. Guarded files take a
+descriptor each, and so do those who wait: of a jail there are at most _FILES and _WAITING, and of all jails
+as many of each as a quarter of our descriptors. Beyond that no file is guarded, and the jail of which most
+wait is ended.
 
 Method: fanotify permission events on inodes (`man 7 fanotify`), which need CAP_SYS_ADMIN. There is one group
 for all jails, never closed: that would wait for all who wait in it, and they may be frozen. Its marks are

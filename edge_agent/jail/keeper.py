@@ -1,4 +1,4 @@
-"""Keeps the jails: makes, watches, freezes and ends them. Nothing here waits; what takes time goes on in the
+"""Keeps the jails: makes, watches and ends them. Nothing here waits; what takes time goes on in the
 loop's callbacks, and the answer is given there.
 
 What must hold: a request gets exactly one answer; a jail that ended leaves neither process, cgroup nor
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable
 from typing import Any, assert_never
 
@@ -20,7 +19,6 @@ from edge_agent.jail.cgroups.base import Cgroups
 from edge_agent.jail.config import JailerConfig
 from edge_agent.jail.directories import Directories
 from edge_agent.jail.forks import Forks
-from edge_agent.jail.freezes import Freezes
 from edge_agent.jail.graves import Graves
 from edge_agent.jail.ground import Ground, ground_steps
 from edge_agent.jail.guards import Guards
@@ -31,13 +29,14 @@ from edge_agent.jail.served import ServedFiles
 from edge_agent.jail.shares import Shares
 from edge_agent.jail.shells import Shells
 from edge_agent.jail.steps import MapIds, note
-from edge_agent.jail.wire import Closed, Garbage, pair
+from edge_agent.jail.wire import Closed, Garbage
 from edge_agent.jail.wright import Wright
 
 log = logging.getLogger(__name__)
 
 MAKE_SECONDS = 10.0
 IMPORT_SECONDS = 60.0  # of a zygote
+_STRIKE_SECONDS = 0.5  # from a kill to the next one of what has not ended
 _SHELL_PAUSE = 0.005  # seconds after a fork, so that a shell's making holds up no agent's first turn
 
 # How an answer is given: the request's id, the frame's body, descriptors that are given away.
@@ -69,7 +68,6 @@ class Keeper:
         self._shares = Shares(cgroups, loop, self._look_at_state)
         self._served = ServedFiles(config, wright, loop, self._measured, self._end)
         self._guards = Guards(config, loop, tell, self._end, lambda: self._served.pid)
-        self._freezes = Freezes(cgroups, loop)
         self._cells: dict[str, Cell] = {}
         self._shells = Shells(config, wright, cgroups, self._cells, self._watch_shell)
         self._when_empty: Callable[[], None] | None = None
@@ -176,11 +174,6 @@ class Keeper:
                 self._fork(cell, request_id)
             case protocol.Attach():
                 self._attach(cell, request_id)
-            case protocol.Freeze():
-                self._freezes.freeze(cell, lambda refused: self._done(request_id, refused))
-            case protocol.Thaw():
-                self._cgroups.thaw(cell.jail_id)
-                self._ok(request_id)
             case protocol.Measure():
                 self._ok(request_id, **dataclasses.asdict(self._cgroups.usage(cell.jail_id)))
             case protocol.Resize():
@@ -239,7 +232,7 @@ class Keeper:
                 except Refused as refused:
                     self._fail_making(cell, refused)
             case {"step": spawn.READY} if isinstance(cell.phase, Making):
-                self._ready(cell, cell.phase.request)
+                self._hand_over(cell, cell.phase.request)
             case {"ended": int(code), "stderr_tail": str(tail)}:
                 cell.code, cell.stderr_tail = code, tail
                 cell.disk_full = body.get("disk_full") is True
@@ -248,16 +241,6 @@ class Keeper:
             case _:
                 log.error("jail %s: init said %.200r, which means nothing", cell.jail_id, body)
 
-    def _ready(self, cell: Cell, request_id: int) -> None:
-        self._made(cell)
-        try:
-            if cell.is_forked:
-                self._served.begin(cell)
-            self._attach(cell, request_id)
-            cell.phase = Running()
-        except OSError as error:
-            self._fail_making(cell, Refused(f"make of {cell.jail_id}: {error}"))
-
     def _made(self, cell: Cell) -> None:
         if log.isEnabledFor(logging.DEBUG):
             for line in cell.init.progress.lines():
@@ -265,14 +248,24 @@ class Keeper:
         cell.init.progress.close()
         cell.calm()
 
-    def _attach(self, cell: Cell, request_id: int) -> None:
-        ours, inner = pair()
+    def _hand_over(self, cell: Cell, request_id: int) -> None:
         try:
-            self._give_control(cell, inner.detach())
-            fds = ours.detach(), os.dup(cell.init.turn.fileno())
-        except BaseException:
-            ours.close()
-            raise
+            if cell.is_forked:
+                self._served.begin(cell)
+            self._attach(cell, request_id)
+        except OSError as error:
+            refused = Refused(
+                f"jail {cell.jail_id} can't be handed over: {error}",
+                "have all of the node's descriptors been used up? its service may have more: LimitNOFILE",
+            )
+            self._fail_making(cell, refused)
+            return
+        self._made(cell)
+        cell.phase = Running()
+
+    def _attach(self, cell: Cell, request_id: int) -> None:
+        """Closed, or OSError: then it is as it was."""
+        fds = cell.open_for_daemon(self._cgroups, lambda fd: self._give_control(cell, fd))
         granted = cell.request.limits
         sizes = {name: getattr(granted, name) for name in ("memory_bytes", "cpu_millis", "pids")}
         self._answer(request_id, {"ok": {**sizes, "devices": cell.request.devices}}, fds)
@@ -396,8 +389,16 @@ class Keeper:
                 pass
             case _:
                 assert_never(cell.phase)
+        self._strike(cell)
+
+    def _strike(self, cell: Cell) -> None:
+        """Again and again, until it is reaped: on cgroup v1 what is frozen does not die before it is thawed,
+        and the daemon may freeze it once more while it dies."""
+        if cell.struck is not None:
+            cell.struck.cancel()
         if not cell.reaped:
             cell.kill()
+            cell.struck = self._loop.after(_STRIKE_SECONDS, lambda: self._strike(cell))
         self._cgroups.kill(cell.jail_id)
 
     def _reaped(self, cell: Cell) -> None:

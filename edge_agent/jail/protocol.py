@@ -79,11 +79,11 @@ class Way(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Make:
-    """A new jail. Answered when its walls are up, with two descriptors: init's control socket and the
-    agent's turn socket. A zygote is answered when it has imported its agent, without descriptors; a jail that
-    is to be forked into names its `zygote`, of the same bundle. A task has no directory: its /state is in
-    memory, and it ends with the daemon. `packages`: the id of a jail that has ended, whose state is bound
-    read-only at /packages."""
+    """A new jail. Answered when its walls are up, with descriptors: init's control socket, the agent's turn
+    socket, and one or two that freeze the agent (see `cgroups.freezing`). A zygote is answered when it has
+    imported its agent, without descriptors; a jail that is to be forked into names its `zygote`, of the same
+    bundle. A task has no directory: its /state is in memory, and it ends with the daemon. `packages`: the id
+    of a jail that has ended, whose state is bound read-only at /packages."""
 
     do: ClassVar[str] = "make"
     jail_id: str
@@ -129,7 +129,7 @@ class List:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """The two descriptors of a jail that runs, as after `Make`. An earlier daemon's control socket ends."""
+    """The descriptors of a jail that runs, as after `Make`. An earlier daemon's control socket ends."""
 
     do: ClassVar[str] = "attach"
     jail_id: str
@@ -140,20 +140,6 @@ class Fork:
     """Starts the agent of a jail that was made to be forked into, once. Answered when its process runs."""
 
     do: ClassVar[str] = "fork"
-    jail_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Freeze:
-    """Answered when the agent's processes have stopped."""
-
-    do: ClassVar[str] = "freeze"
-    jail_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Thaw:
-    do: ClassVar[str] = "thaw"
     jail_id: str
 
 
@@ -222,13 +208,13 @@ class Discard:
     jail_id: str
 
 
-OfJail = Attach | Fork | Freeze | Thaw | Measure | Resize | Kill
+OfJail = Attach | Fork | Measure | Resize | Kill
 OfFile = Guard | Release
 Request = Make | List | OfJail | OfFile | Directories | Discard
 _KINDS: dict[str, type[Any]] = {
     kind.do: kind
     for kind in (
-        *(Make, List, Attach, Fork, Freeze, Thaw, Measure, Resize, Kill, Guard, Release),
+        *(Make, List, Attach, Fork, Measure, Resize, Kill, Guard, Release),
         *(Directories, Discard),
     )
 }

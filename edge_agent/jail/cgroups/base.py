@@ -1,7 +1,8 @@
-"""The seam to control groups: limits, freezing and accounting of one jail.
+"""The seam to control groups: limits, freezers and accounting of one jail.
 
 Real: `v1` (one tree a controller) and `v2` (one tree). A jail's group holds its init and has the limits; its
-subgroup `agent` holds everything that the agent runs, so that freezing it leaves init to serve files.
+subgroup `agent` holds everything that the agent runs, so that freezing it leaves init to serve files. The
+daemon freezes it (see `freezing`).
 Only the jailer calls these, as root. Methods raise OSError for what the kernel refuses.
 """
 
@@ -73,16 +74,13 @@ class Cgroups(Protocol):
         """As `open_agent`, for a process that is in none of the jail's groups yet."""
         ...
 
-    def freeze(self, jail_id: str) -> None: ...
-
-    def frozen(self, jail_id: str) -> bool:
-        """Has a `freeze` stopped all? Call it until it says so."""
+    def open_freezer(self, jail_id: str) -> tuple[int, ...]:
+        """Descriptors for a `Freezing` of the jail's `agent`, in whatever process; the caller closes them."""
         ...
 
-    def thaw(self, jail_id: str) -> None: ...
-
     def kill(self, jail_id: str) -> None:
-        """SIGKILL to every process in the jail, frozen or not."""
+        """SIGKILL to every process in the jail, frozen or not. On v1 one that is frozen again at once, by
+        whoever has its `open_freezer`, dies only of a later call."""
         ...
 
     def usage(self, jail_id: str) -> Usage: ...

@@ -128,18 +128,9 @@ class V1:
     def open_from_outside(self, jail_id: str) -> tuple[int, ...]:
         return (*self._open_tasks(jail_id, "freezer"), *self.open_agent(jail_id))
 
-    def freeze(self, jail_id: str) -> None:
-        self._freezer(jail_id).state = "FROZEN"
-
-    def frozen(self, jail_id: str) -> bool:
-        freezer = self._freezer(jail_id)
-        if freezer.state == "FROZEN":
-            return True
-        freezer.state = "FROZEN"  # v1 looks again only when it is asked again
-        return False
-
-    def thaw(self, jail_id: str) -> None:
-        self._freezer(jail_id).state = "THAWED"
+    def open_freezer(self, jail_id: str) -> tuple[int, ...]:
+        state = _path(self._parents["freezer"], jail_id, AGENT) / "freezer.state"
+        return (os.open(state, os.O_RDWR | os.O_CLOEXEC),)
 
     def kill(self, jail_id: str) -> None:
         # Signals first, while the frozen ones can't fork; they die when they are thawed. What was forked
@@ -148,7 +139,7 @@ class V1:
             kill_members(_path(parent, jail_id))
             kill_members(_path(parent, jail_id, AGENT))
         with suppress(FileNotFoundError):
-            self.thaw(jail_id)
+            FreezerController(Node(AGENT, parent=self._node("freezer", jail_id))).state = "THAWED"
 
     def usage(self, jail_id: str) -> Usage:
         return Usage(
@@ -190,9 +181,6 @@ class V1:
 
     def _node(self, controller: str, jail_id: str) -> Node:
         return Node(jail_id, parent=self._parents[controller])
-
-    def _freezer(self, jail_id: str) -> FreezerController:
-        return FreezerController(Node(AGENT, parent=self._node("freezer", jail_id)))
 
 
 def _number(controller: Controller, name: str) -> int:

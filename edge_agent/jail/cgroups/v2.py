@@ -26,8 +26,6 @@ class Group(Controller):  # type: ignore[misc]
     """The files of one group, of all controllers."""
 
     subtree_control = BaseFileInterface("cgroup.subtree_control")
-    freeze = IntegerFile("cgroup.freeze")
-    events = DictFile("cgroup.events", readonly=True)
     kill = IntegerFile("cgroup.kill", writeonly=True)
     memory_max = IntegerFile("memory.max")
     memory_high = IntegerFile("memory.high")
@@ -119,15 +117,14 @@ class V2:
     def open_from_outside(self, jail_id: str) -> tuple[int, ...]:
         return self.open_agent(jail_id)
 
-    def freeze(self, jail_id: str) -> None:
-        self._agent(jail_id).freeze = 1
-
-    def frozen(self, jail_id: str) -> bool:
-        events: dict[str, int] = self._agent(jail_id).events
-        return events.get("frozen", 0) == 1
-
-    def thaw(self, jail_id: str) -> None:
-        self._agent(jail_id).freeze = 0
+    def open_freezer(self, jail_id: str) -> tuple[int, ...]:
+        agent = self._parent / jail_id / AGENT
+        freeze = os.open(agent / "cgroup.freeze", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            return freeze, os.open(agent / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(freeze)
+            raise
 
     def kill(self, jail_id: str) -> None:
         path = self._parent / jail_id
@@ -174,9 +171,6 @@ class V2:
 
     def _group(self, jail_id: str) -> Group:
         return _group(self._parent / jail_id)
-
-    def _agent(self, jail_id: str) -> Group:
-        return _group(self._parent / jail_id / AGENT)
 
 
 def _group(path: Path) -> Group:

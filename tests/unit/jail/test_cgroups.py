@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.jail import cgroups
+from edge_agent.jail.cgroups.freezing import Freezing
 from edge_agent.jail.cgroups.v1 import CONTROLLERS, V1
 from edge_agent.jail.cgroups.v2 import V2
 from edge_agent.jail.protocol import Limits, Refused
@@ -67,15 +68,65 @@ def test_v2_freezes_the_agent_alone(tmp_path: Path) -> None:
     groups.sweep()
     groups.create("a", LIMITS)
     agent = tmp_path / "roost-x/a/agent"
-    groups.freeze("a")
-    assert _read(agent / "cgroup.freeze") == "1"
+    (agent / "cgroup.freeze").write_text("0\n")
     (agent / "cgroup.events").write_text("populated 1\nfrozen 0\n")
-    assert not groups.frozen("a")
+    freezing = Freezing(groups.open_freezer("a"))
+    assert not freezing.freeze()
+    assert _read(agent / "cgroup.freeze") == "1"
+    assert not freezing.frozen()
     (agent / "cgroup.events").write_text("populated 1\nfrozen 1\n")
-    assert groups.frozen("a")
-    groups.thaw("a")
+    assert freezing.frozen()
+    assert freezing.freeze()
+    freezing.thaw()
     assert _read(agent / "cgroup.freeze") == "0"
-    assert not (tmp_path / "roost-x/a/cgroup.freeze").exists()
+    freezing.close()
+
+
+def test_v2_opens_all_of_a_freezer_or_nothing(tmp_path: Path) -> None:
+    groups = _v2(tmp_path)
+    groups.sweep()
+    groups.create("a", LIMITS)
+    (tmp_path / "roost-x/a/agent/cgroup.freeze").touch()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(FileNotFoundError, match=r"cgroup\.events"):
+        groups.open_freezer("a")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_v1_freezes_the_agent_alone(tmp_path: Path) -> None:
+    groups = _v1(tmp_path)
+    groups.sweep()
+    groups.create("a", LIMITS)
+    state = tmp_path / "freezer/roost-x/a/agent/freezer.state"
+    state.write_text("THAWED\n")
+    freezing = Freezing(groups.open_freezer("a"))
+    assert freezing.freeze()
+    assert _read(state) == "FROZEN"
+    freezing.thaw()
+    assert _read(state) == "THAWED"
+    assert not freezing.frozen()
+    assert _read(state) == "FROZEN", "v1 looks again only when it is asked again"
+    groups.kill("a")
+    assert _read(state) == "THAWED", "so that they die"
+    freezing.close()
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_what_is_no_freezer_is_refused_and_stays_the_callers(number: int) -> None:
+    fds = tuple(os.open("/dev/null", os.O_RDWR) for _ in range(number))
+    with pytest.raises(ValueError, match=str(number)):
+        Freezing(fds)
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_freezer_is_closed_once() -> None:
+    freezing = Freezing((os.open("/dev/null", os.O_RDWR),))
+    freezing.close()
+    other = os.open("/dev/null", os.O_RDONLY)  # which gets its number
+    freezing.close()
+    assert freezing.closed
+    os.close(other)
 
 
 def test_v2_accounts(tmp_path: Path) -> None:
@@ -125,8 +176,6 @@ def test_v1_limits_in_every_tree(tmp_path: Path) -> None:
     assert _read(tmp_path / "cpu/roost-x/a/cpu.shares") == "1536"
     assert _read(tmp_path / "pids/roost-x/a/pids.max") == "11"
     assert (tmp_path / "freezer/roost-x/a/agent").is_dir()
-    groups.freeze("a")
-    assert _read(tmp_path / "freezer/roost-x/a/agent/freezer.state") == "FROZEN"
 
 
 def test_v1_limits_the_disk_of_those_alone_that_ask_for_it(tmp_path: Path) -> None:
