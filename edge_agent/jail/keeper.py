@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 MAKE_SECONDS = 10.0
 IMPORT_SECONDS = 60.0  # of a zygote
-_STRIKE_SECONDS = 0.5  # from a kill to the next one of what has not ended
 _SHELL_PAUSE = 0.005  # seconds after a fork, so that a shell's making holds up no agent's first turn
 
 # How an answer is given: the request's id, the frame's body, descriptors that are given away.
@@ -389,17 +388,7 @@ class Keeper:
                 pass
             case _:
                 assert_never(cell.phase)
-        self._strike(cell)
-
-    def _strike(self, cell: Cell) -> None:
-        """Again and again, until it is reaped: on cgroup v1 what is frozen does not die before it is thawed,
-        and the daemon may freeze it once more while it dies."""
-        if cell.struck is not None:
-            cell.struck.cancel()
-        if not cell.reaped:
-            cell.kill()
-            cell.struck = self._loop.after(_STRIKE_SECONDS, lambda: self._strike(cell))
-        self._cgroups.kill(cell.jail_id)
+        self._graves.strike(cell)
 
     def _reaped(self, cell: Cell) -> None:
         cell.reaped = True
@@ -423,7 +412,11 @@ class Keeper:
 
     def _bury(self, cell: Cell, tail: str) -> None:
         cell.stderr_tail = tail or cell.stderr_tail
-        ended = cell.ended(self._cgroups.oom_kills(cell.jail_id))
+        try:
+            oom_kills = self._cgroups.oom_kills(cell.jail_id)
+        except OSError:  # there is no descriptor left for it, say: then nobody knows
+            oom_kills = 0
+        ended = cell.ended(oom_kills)
         cell.close()
         self._graves.bury(cell.jail_id, lambda: self._gone(cell, ended))
 
