@@ -45,7 +45,7 @@ MAKE: dict[str, Any] = {
         ({**MAKE, "limits": {"memory_bytes": 64 << 20, "cpu_millis": 1000, "pids": 1 << 40}}, "pids"),
         ({**MAKE, "mounts": ["/etc"]}, "unknown key"),
         ({"do": "kill", "jail_id": "no-such"}, "does not run"),
-        ({"do": "freeze", "jail_id": "../a"}, "jail_id"),
+        ({"do": "measure", "jail_id": "../a"}, "jail_id"),
         ({"do": "discard", "jail_id": ".."}, "jail_id"),
         ({"do": "exec", "argv": ["/bin/sh"]}, "no request"),
         ({"do": ["make"]}, "no request"),
