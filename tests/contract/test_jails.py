@@ -240,7 +240,8 @@ async def test_the_exit_is_told_to_whoever_waits_and_to_whoever_asks_later(world
     waiting = asyncio.create_task(jail.receive())
     await jail.send(b"exit 3")
     assert (await _gone(lambda: waiting)).code == 3
-    for call in (lambda: jail.send(b"x"), jail.receive, jail.freeze, jail.usage, lambda: jail.files.scan()):  # noqa: PLW0108
+    calls = (lambda: jail.send(b"x"), jail.receive, jail.freeze, jail.thaw, jail.usage)
+    for call in (*calls, lambda: jail.files.scan()):  # noqa: PLW0108
         exit = await _gone(call)
         assert (exit.code, exit.out_of_memory) == (3, False)
     assert (await jail.kill()).code == 3
