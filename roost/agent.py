@@ -57,6 +57,7 @@ LOCAL_STATE_DIR = Path(".roost-state")
 MAX_REPLY = 1 << 20  # bytes of a reply as UTF-8, as the node has it
 EXIT_IMPORT = 3  # the agent could not be imported
 
+_REHEARSALS, _REHEARSAL_DIR = 10, Path("/tmp/.roost-rehearsal")  # in a zygote
 _WANTED = "return the reply as a str, or yield it in pieces of str"
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -178,6 +179,8 @@ class Agent:
         """Makes what `run` needs to talk to `node`, once for all forks: this process itself does not run."""
         assert self._handler is not None
         self._service = service(self._handler, node, STATE_DIR)
+        for number in range(_REHEARSALS):
+            self._service[1].rehearse(_REHEARSAL_DIR, str(number))
 
     def make_loop(self) -> None:
         """Of what is prepared: what an asynchronous handler's first turn would make."""
@@ -274,11 +277,21 @@ class Answerer:
 
     def make_loop(self) -> None:
         """For an asynchronous handler, if there is none yet."""
-        if self._loop is None and (
-            inspect.iscoroutinefunction(self._handler) or inspect.isasyncgenfunction(self._handler)
-        ):
+        if self._loop is None and _is_async(self._handler):
             self._loop = _new_loop()
             self._loop.run_until_complete(asyncio.sleep(0))
+
+    def rehearse(self, state_dir: Path, message: str) -> None:
+        """In a zygote, which keeps nothing of it but what the interpreter has learnt: after some calls of a
+        function it writes to its code no more."""
+        loop = _new_loop() if _is_async(self._handler) else None
+        state_dir.mkdir(mode=0o700, exist_ok=True)
+        rehearse(state_dir, loop, message)
+        (state_dir / STATE_FILE).unlink()
+        state_dir.rmdir()
+        if loop is not None:
+            loop.close()
+            asyncio.set_event_loop(None)
 
     def _run(self, asked: Message) -> str:
         if self._saved is None:
@@ -333,6 +346,10 @@ class Answerer:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
         self._saved = text
+
+
+def _is_async(handler: Callable[[Turn], Any]) -> bool:
+    return inspect.iscoroutinefunction(handler) or inspect.isasyncgenfunction(handler)
 
 
 def _said(turn: Turn, piece: object) -> str:
@@ -390,24 +407,27 @@ def serve(line: Line, answerer: Answerer, warm_up: Callable[[], Any] | None = No
         return  # the node is gone, or has ended this agent
 
 
-def rehearse(state_dir: Path, loop: asyncio.AbstractEventLoop | None) -> None:
+def rehearse(state_dir: Path, loop: asyncio.AbstractEventLoop | None, message: str = "") -> None:
     """Answers a turn to nobody, while there is no user yet. A forked process has to copy each page that it is
     the first to write to, and in CPython to run code is to write: the first turn of a user then finds most of
-    it done. The agent's own code has no part in it."""
+    it done. The agent's own code has no part in it. With a `message`, that is saved as its state."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        asked = json.dumps({"kind": "turn", "id": "", "user": "", "message": ""}).encode()
+        asked = json.dumps({"kind": "turn", "id": "", "user": "", "message": message}).encode()
         theirs.sendall(struct.pack(">I", len(asked)) + asked)
         theirs.shutdown(socket.SHUT_WR)
         serve(*service(_rehearsed if loop is None else _rehearsed_async, ours, state_dir, loop))
 
 
 def _rehearsed(turn: Turn) -> Iterator[str]:
+    if turn.message:
+        turn.state["message"] = turn.message
     yield ""
 
 
 async def _rehearsed_async(turn: Turn) -> AsyncIterator[str]:
-    yield ""
+    for piece in _rehearsed(turn):
+        yield piece
 
 
 if __name__ == "__main__":

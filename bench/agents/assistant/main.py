@@ -10,7 +10,10 @@ from assistant import LOOP, reply
 from roost import Agent, Turn
 
 agent = Agent()
-asyncio.run(reply(LOOP))  # what the framework makes at its first use is made here, once for all forks
+# What the framework makes at its first use is made here, once for all forks; and what is called some times is
+# written to no more, as the interpreter has made it fit by then.
+for message in (LOOP, "a table for two") * 8:
+    asyncio.run(reply(message))
 
 
 @agent.turn
