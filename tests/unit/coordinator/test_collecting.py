@@ -26,7 +26,7 @@ from coordinator.trash import Condemned
 from shared.content import Blob
 from shared.errors import Reason, RoostError
 from shared.identity import InstanceKey
-from shared.manifest import encode
+from shared.manifest import FileNode, StateManifest, encode
 from tests.support.fake_heap import Gate, MemoryHeap
 from tests.unit.coordinator.collecting import (
     AT_ONCE,
