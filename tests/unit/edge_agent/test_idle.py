@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import tracemalloc
 import weakref
 from dataclasses import replace
 
 from edge_agent.control import Agent
 from edge_agent.jail.api import Jail
-from edge_agent.jail.client import JailedAgent
+from edge_agent.jail.cgroups.freezing import Freezing
+from edge_agent.jail.jailed import JailedAgent
 from edge_agent.jail.wire import Wire, pair
 from edge_agent.tasks import Tasks, TurnTasks
 from shared.resources import Resources
@@ -71,7 +73,15 @@ async def test_a_jail_that_does_nothing_takes_little() -> None:
     tracemalloc.start()
     try:
         jails = [
-            JailedAgent(None, f"jail-{n}", True, limits, control.detach(), turns.detach())  # type: ignore[arg-type]
+            JailedAgent(
+                None,  # type: ignore[arg-type]
+                f"jail-{n}",
+                True,
+                limits,
+                control.detach(),
+                turns.detach(),
+                Freezing((os.open(os.devnull, os.O_RDWR),)),
+            )
             for n, ((control, _), (turns, _)) in enumerate(ends)
         ]
         for jail, init in zip(jails, inits, strict=True):
@@ -83,6 +93,7 @@ async def test_a_jail_that_does_nothing_takes_little() -> None:
     for jail in jails:
         jail._control.close()
         jail._turns.close()
+        jail._freezing.close()
     for wire, (_, (_, agents)) in zip(inits, ends, strict=True):
         wire.close()
         agents.close()
