@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from edge_agent.jail import network, quota
+from edge_agent.jail import quota
 from edge_agent.jail.agent_process import Descriptors, start_agent
 from edge_agent.jail.file_server import FileServer
 from edge_agent.jail.output import Output, to_stderr
@@ -121,10 +121,6 @@ class Init:
             self._drop_control()
 
     def _answer(self, control: Wire, request: Body) -> None:
-        if request.get("do") in network.REQUESTS:
-            body, fds = network.answer(request)
-            control.send({"id": request.get("id"), **body}, fds)
-            return
         if request.get("do") == "wait":
             self._waiting.append(request["id"])
             self._tell_waiting()

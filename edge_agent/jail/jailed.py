@@ -104,10 +104,10 @@ class JailedAgent:
         return await self._or_gone(self._turns.receive())
 
     async def listen(self, port: int) -> socket.socket:
-        return await RemoteNetwork(self._ask_init).listen(port)
+        return await RemoteNetwork(self._jail_id, self._ask_jailer).listen(port)
 
     async def connect(self, port: int) -> socket.socket:
-        return await RemoteNetwork(self._ask_init).connect(port)
+        return await RemoteNetwork(self._jail_id, self._ask_jailer).connect(port)
 
     async def freeze(self) -> None:
         async with self._steering():

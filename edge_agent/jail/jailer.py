@@ -193,7 +193,13 @@ class Jailer:
             case protocol.Discard(jail_id):
                 self._discard(request_id, jail_id)
             case (
-                protocol.Attach() | protocol.Fork() | protocol.Measure() | protocol.Resize() | protocol.Kill()
+                protocol.Attach()
+                | protocol.Fork()
+                | protocol.Measure()
+                | protocol.Resize()
+                | protocol.Listen()
+                | protocol.Connect()
+                | protocol.Kill()
             ):
                 self._keeper.of_jail(request_id, request)
             case protocol.Guard() | protocol.Release():

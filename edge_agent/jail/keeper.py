@@ -23,6 +23,7 @@ from edge_agent.jail.graves import Graves
 from edge_agent.jail.ground import Ground, ground_steps
 from edge_agent.jail.guards import Guards
 from edge_agent.jail.loop import Loop
+from edge_agent.jail.network import Networks
 from edge_agent.jail.operations import carry_out
 from edge_agent.jail.protocol import Refused, Way
 from edge_agent.jail.served import ServedFiles
@@ -67,6 +68,7 @@ class Keeper:
         self._shares = Shares(cgroups, loop, self._look_at_state)
         self._served = ServedFiles(config, wright, loop, self._measured, self._end)
         self._guards = Guards(config, loop, tell, self._end, lambda: self._served.pid)
+        self._networks = Networks()
         self._cells: dict[str, Cell] = {}
         self._shells = Shells(config, wright, cgroups, self._cells, self._watch_shell)
         self._when_empty: Callable[[], None] | None = None
@@ -177,6 +179,8 @@ class Keeper:
                 self._ok(request_id, **dataclasses.asdict(self._cgroups.usage(cell.jail_id)))
             case protocol.Resize():
                 self._shares.resize(cell, request, lambda refused: self._done(request_id, refused))
+            case protocol.Listen() | protocol.Connect():
+                self._answer(request_id, {"ok": {}}, (self._networks.socket_in(cell.pid, request),))
             case protocol.Kill():
                 raise AssertionError("handled above")
             case _:

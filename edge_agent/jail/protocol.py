@@ -167,6 +167,31 @@ class Resize:
 
 
 @dataclass(frozen=True, slots=True)
+class Listen:
+    """Answered with one descriptor, of a socket that listens at 127.0.0.1:port inside."""
+
+    do: ClassVar[str] = "listen"
+    jail_id: str
+    port: int
+
+    def __post_init__(self) -> None:
+        _check_port(self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Answered with one descriptor, of a socket that connects to 127.0.0.1:port inside, and will say if
+    nobody listens there."""
+
+    do: ClassVar[str] = "connect"
+    jail_id: str
+    port: int
+
+    def __post_init__(self) -> None:
+        _check_port(self.port)
+
+
+@dataclass(frozen=True, slots=True)
 class Guard:
     """With a descriptor of a file of the jail's. Once answered, whoever opens that file in the jail waits
     until `Release`, and "opening" is told with its inode. A jail with a file that was not released ends with
@@ -208,14 +233,14 @@ class Discard:
     jail_id: str
 
 
-OfJail = Attach | Fork | Measure | Resize | Kill
+OfJail = Attach | Fork | Measure | Resize | Listen | Connect | Kill
 OfFile = Guard | Release
 Request = Make | List | OfJail | OfFile | Directories | Discard
 _KINDS: dict[str, type[Any]] = {
     kind.do: kind
     for kind in (
-        *(Make, List, Attach, Fork, Measure, Resize, Kill, Guard, Release),
-        *(Directories, Discard),
+        *(Make, List, Attach, Fork, Measure, Resize, Listen, Connect, Kill),
+        *(Guard, Release, Directories, Discard),
     )
 }
 
@@ -249,6 +274,11 @@ def decode(body: dict[str, Any]) -> Request:
     except ValueError as error:
         raise Refused(f"{kind.do}: {error}") from error
     return request
+
+
+def _check_port(port: int) -> None:
+    if not 1 <= port <= 65_535:
+        raise ValueError(f"{port} is no port: use 1 to 65535")
 
 
 def _check_name(what: str, name: str) -> None:

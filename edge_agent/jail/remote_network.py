@@ -1,32 +1,34 @@
-"""Sockets inside a jail's network, got from its init: the daemon's side of `edge_agent.jail.network`."""
+"""Sockets inside a jail's network, got from the jailer: the daemon's side of `edge_agent.jail.network`."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
+from collections.abc import Awaitable, Callable
 
-from edge_agent.jail import network
-from edge_agent.jail.calls import CallFailed
-from edge_agent.jail.remote_files import Ask
+from edge_agent.jail.calls import Answer
+from edge_agent.jail.protocol import Connect, Listen
 from shared.errors import Reason, RoostError
 
-_SECONDS = 10.0  # init's answer
+
+Ask = Callable[[Listen | Connect], Awaitable[Answer]]
 
 
 class RemoteNetwork:
-    """`ask` sends a request to init; JailGone comes from there. `connect_seconds`: until who listens inside
-    accepts."""
+    """`ask` sends a request to the jailer; JailGone and RoostError come from there. `connect_seconds`: until
+    who listens inside accepts."""
 
-    def __init__(self, ask: Ask, connect_seconds: float = 5.0) -> None:
+    def __init__(self, jail_id: str, ask: Ask, connect_seconds: float = 5.0) -> None:
+        self._jail_id = jail_id
         self._ask = ask
         self._connect_seconds = connect_seconds
 
     async def listen(self, port: int) -> socket.socket:
-        return await self._socket("listen", port)
+        return await self._socket(Listen, port)
 
     async def connect(self, port: int) -> socket.socket:
-        sock = await self._socket("connect", port)
+        sock = await self._socket(Connect, port)
         try:
             await _connected(sock, port, self._connect_seconds)
         except BaseException:
@@ -34,15 +36,12 @@ class RemoteNetwork:
             raise
         return sock
 
-    async def _socket(self, do: str, port: int) -> socket.socket:
+    async def _socket(self, kind: type[Listen | Connect], port: int) -> socket.socket:
         try:
-            answer = await self._ask({"do": do, "port": port}, _SECONDS)
-        except CallFailed as failed:
-            if failed.kind == network.REFUSED:
-                raise ConnectionRefusedError(failed.message) from None
-            hint = "something of the agent listens there" if failed.kind == network.IN_USE else failed.hint
-            raise RoostError(Reason.JAIL_FAILED, failed.message, hint) from None
-        (fd,) = answer.fds
+            request = kind(self._jail_id, port)
+        except ValueError as error:
+            raise RoostError(Reason.JAIL_FAILED, f"jail {self._jail_id}: {error}") from error
+        (fd,) = (await self._ask(request)).fds
         sock = socket.socket(fileno=fd)
         sock.setblocking(False)
         return sock

@@ -1,17 +1,20 @@
-"""Sockets that init gives out, from jails of every way to start, and against agents that spoil them."""
+"""Sockets inside jails of every way to start, that the jailer makes, and against agents that spoil them."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
+import sys
 
 import pytest
 
-from edge_agent.jail.api import Jail, JailSpec
-from edge_agent.jail.client import JailedAgent
+from edge_agent.jail.api import Jail, JailGone, JailSpec
+from edge_agent.jail.jailed import JailedAgent
 from edge_agent.jail.remote_network import RemoteNetwork
 from shared.errors import RoostError
-from tests.support.jailer import LIMITS, RunningJailer, python, spec
+from tests.support.jailer import ECHO, LIMITS, RunningJailer, needs_root, python, spec
 
 DIAL = """
 while True:
@@ -64,15 +67,65 @@ async def test_the_daemon_reaches_a_port_inside(jailer: RunningJailer, way: str)
                 assert await loop.sock_recv(peer, 100) == b"%d" % i
 
 
-async def test_a_port_that_the_agent_took_is_not_given(jailer: RunningJailer) -> None:
-    jail = await jailer.started("exec", "a", SERVE)
+@pytest.mark.parametrize("way", ["exec", "zygote"])
+async def test_a_port_that_the_agent_took_is_not_given(jailer: RunningJailer, way: str) -> None:
+    jail = await jailer.started(way, "a", SERVE)
     assert await jail.receive() == b"served"
     with pytest.raises(RoostError, match="in use") as refused:
         await jail.listen(4000)
     assert "listens there" in refused.value.hint
 
 
-async def test_an_agent_that_does_not_accept_holds_up_only_who_calls_it(jailer: RunningJailer) -> None:
+@pytest.mark.parametrize("way", ["exec", "zygote"])
+async def test_what_is_refused_says_why_and_the_jailer_is_back_where_it_was(
+    jailer: RunningJailer, way: str
+) -> None:
+    jail = await jailer.started(way, "a", ECHO)
+    with pytest.raises(ConnectionRefusedError, match="port 4000 inside"):
+        await jail.connect(4000)
+    for port in (0, -1, 65_536):
+        with pytest.raises(RoostError, match="is no port"):
+            await jail.connect(port)
+    with await jail.listen(4000), await jail.connect(4000):
+        assert _network_of(jailer.process.pid) == _network_of(os.getpid())
+    await jail.kill()
+    with pytest.raises(JailGone):
+        await jail.listen(4000)
+
+
+async def test_the_port_is_of_that_jail_alone(jailer: RunningJailer) -> None:
+    task = await jailer.jails.task(spec("b", ("/bin/sleep", "60")))
+    a = await jailer.started("zygote", "a", ECHO)
+    with await task.listen(4000), pytest.raises(ConnectionRefusedError):
+        await a.connect(4000)
+
+
+@needs_root
+async def test_a_jailer_that_can_not_leave_a_jails_network_ends() -> None:
+    code = """
+import os
+from edge_agent.jail.network import Networks
+from edge_agent.jail.protocol import Listen
+null = os.open("/dev/null", os.O_RDONLY)
+print("began", flush=True)
+Networks(null).socket_in(os.getpid(), Listen("a", 4000))
+print("went on", flush=True)
+"""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    output, _ = await process.communicate()
+    assert (output, process.returncode) == (b"began\n", -signal.SIGABRT)
+
+
+def _network_of(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
+@pytest.mark.parametrize("way", ["exec", "zygote"])
+async def test_an_agent_that_does_not_accept_holds_up_only_who_calls_it(
+    jailer: RunningJailer, way: str
+) -> None:
     code = """
 listening = socket.socket()
 listening.bind(("127.0.0.1", 4000))
@@ -80,10 +133,10 @@ listening.listen(0)
 send(b"deaf")
 recv()
 """
-    jail = await jailer.started("exec", "a", code)
+    jail = await jailer.started(way, "a", code)
     assert await jail.receive() == b"deaf"
     assert isinstance(jail, JailedAgent)
-    network = RemoteNetwork(jail._ask_init, connect_seconds=0.5)
+    network = RemoteNetwork(jail.jail_id, jail._ask_jailer, connect_seconds=0.5)
     peers: list[socket.socket] = []
 
     async def fill_its_queue() -> None:
@@ -92,6 +145,6 @@ recv()
 
     with pytest.raises(TimeoutError, match="4000"):
         await fill_its_queue()
-    assert await jail.files.scan() == [], "init goes on"
+    assert await jail.files.scan() == [], "who serves its files goes on"
     for peer in peers:
         peer.close()
