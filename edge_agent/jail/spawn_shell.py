@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -91,7 +92,8 @@ def settling(
         settling = shell().settling
         assert settling is not None
         try:
-            socket.send_fds(settling, [request.jail_id.encode()], given)
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has failed, and has said why
+                socket.send_fds(settling, [request.jail_id.encode()], given)
         finally:
             close_all(given)
 
