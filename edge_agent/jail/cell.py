@@ -69,6 +69,7 @@ class Cell:
     pid: int = 0  # of init, which is the builder's until it is born, or of the zygote
     for_fork: tuple[int, ...] = ()  # given to the zygote once
     output: int = -1  # of its agent, to be read; given to the file service once
+    served: int = 0  # its number there
 
     def __post_init__(self) -> None:
         self.pid, self.for_fork, self.output = self.init.pid, self.init.for_fork, self.init.output

@@ -55,18 +55,13 @@ class FileServer:
                     yield {"part": page}, ()
                 yield _ok()
             case "changed":
-                found = yield from tree.scanning()
-                for page in entries.pages(found):
-                    yield {"part": page}, ()
-                opened = tree.open_changed(found, request["since_ns"])
-                yield _writing_back(tuple(opened.values()))
-                yield {"ok": {"opened": list(opened)}}, tuple(opened.values())
+                yield from self._changed(request["since_ns"])
             case "open_read":
                 yield {"ok": {}}, (tree.open_read(request["path"]),)
             case "open_write":
                 yield {"ok": {}}, (tree.open_write(request["path"]),)
             case "commit_write":
-                entry = tree.commit_write(entries.from_list(request["entry"]), request["more"])
+                entry = yield from tree.committing(entries.from_list(request["entry"]), request["more"])
                 yield _ok(entry=entries.to_list(entry))
             case "written":
                 entry = tree.written(request["path"], request["mtime_ns"], request["more"])
@@ -75,13 +70,26 @@ class FileServer:
                 tree.make_dir(entries.from_list(request["entry"]))
                 yield _ok()
             case "make_link":
-                tree.make_link(entries.from_list(request["entry"]))
+                yield from tree.linking(entries.from_list(request["entry"]))
                 yield _ok()
             case "remove":
-                tree.remove(request["path"])
+                yield from tree.removing(request["path"])
                 yield _ok()
             case other:
                 raise ValueError(f"there is no request {other!r}")
+
+    def _changed(self, since_ns: int) -> Iterator[Step]:
+        found = yield from self._tree.scanning()
+        for page in entries.pages(found):
+            yield {"part": page}, ()
+        opened = self._tree.open_changed(found, since_ns)
+        fds = tuple(opened.values())
+        try:
+            yield _writing_back(fds)
+        except GeneratorExit:  # whoever wanted these is gone
+            close_all(fds)
+            raise
+        yield {"ok": {"opened": list(opened)}}, fds
 
 
 def _ok(**values: Any) -> Answer:

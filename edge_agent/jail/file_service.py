@@ -2,12 +2,13 @@
 
 One for a node, since one in each jail would cost megabytes for what takes a millisecond a turn. It is root
 with three capabilities (to read and write what agents have protected, and to give files away), in an empty
-root of its own, without network, under the system call filter of agents. Each jail's `/state` comes to it as
-a mount that is attached nowhere, out of which no path leads; and it follows neither links nor `..`
-(`state/tree.py`).
+root of its own, without network, and sees no process but itself, under the system call filter of agents. Each
+jail's `/state` comes to it as a mount that is attached nowhere, out of which no path leads; and it follows
+neither links nor `..` (`state/tree.py`).
 
-    jailer -> service  {"do": "serve", "jail", "owner"} with that mount, and the end of a pipe, of which the
-                       agent has the other as its output; `owner` is the agent's uid and gid
+    jailer -> service  {"do": "serve", "jail", "name", "owner"} with that mount, and the end of a pipe, of
+                       which the agent has the other as its output; `jail` is a number that is used once,
+                       `name` is for the log, `owner` is the agent's uid and gid
                        {"do": "control", "jail"} with a socket to the daemon, in place of the one before
                        {"do": "measure", "jail", "most"} is there more than so many bytes in /state?
                        {"do": "end", "jail"} its processes have ended
@@ -15,8 +16,9 @@ a mount that is attached nowhere, out of which no path leads; and it follows nei
                        {"ended": jail, "tail": the last that the agent printed}
 
 What must hold: no request of one jail's reaches another's files; a large tree or a slow disk holds others up
-for no longer than _SLICE, or one system call that looks something up; output is read at a bounded rate, and
-who prints more waits. It ends with the jailer. How it can fail: it is killed; then the jailer ends the jails
+for no longer than _SLICE, or what is done in one piece: a system call that looks something up, the sorting of
+one tree's names; output is read at a bounded rate, and who prints more waits; what fails of one jail fails
+for that one alone. It ends with the jailer. How it can fail: it is killed; then the jailer ends the jails
 that it served, as if their inits had ended.
 """
 
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import selectors
 import socket
 import threading
@@ -45,7 +48,9 @@ from edge_agent.state.tree import Tree, TreeTooLarge
 log = logging.getLogger(__name__)
 
 SERVE_FILES = b"f"
-NAMESPACES: int = kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
+NAMESPACES: int = (
+    kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
+)
 _CAPABILITIES = (kernel.CAP_DAC_OVERRIDE, kernel.CAP_CHOWN, kernel.CAP_FOWNER)
 _SLICE = 0.002  # seconds, after which others go on
 _OUTPUT_BYTES = 8 << 20  # of one agent's output a second; what is printed is mostly dropped anyway
@@ -61,7 +66,7 @@ def serve_files(tools: Tools, given: bytes, fds: list[int]) -> NoReturn:
         carry_out(walls(tools))
         Service(Wire(socket.socket(fileno=fds[0]))).run()
     except Closed:
-        os._exit(0)  # the jailer is gone
+        os._exit(0)  # the jailer is gone, perhaps before we asked to die with it
     except BaseException:
         log.exception("the file service failed")
     finally:
@@ -71,17 +76,17 @@ def serve_files(tools: Tools, given: bytes, fds: list[int]) -> NoReturn:
 def walls(tools: Tools) -> tuple[Operation, ...]:
     return (
         *roots.empty_plan(tools.config),
+        Do("have as many files open as it may: an agent decides on some hundreds", _raise_limit),
         KeepCapabilities(_CAPABILITIES),
         Do("set no_new_privs", kernel.no_new_privs),
-        Do("ask to die with the jailer", lambda: _die_with(tools.jailer)),
+        Do("ask to die with the jailer", kernel.die_with_parent),
         Do("filter system calls", lambda: kernel.filter_system_calls(seccomp.agent_filter())),
     )
 
 
-def _die_with(jailer: int) -> None:
-    kernel.die_with_parent()
-    if os.getppid() != jailer:  # it died before we asked to die with it
-        os._exit(1)
+def _raise_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @dataclass(slots=True)
@@ -90,6 +95,7 @@ class _Jail:
     `aside`. `events`: of `control`, that are waited for. `paused`: until when output is not read, monotonic;
     `printed`: bytes since `since`."""
 
+    number: int
     name: str
     root: int
     files: FileServer
@@ -113,9 +119,10 @@ class _Jail:
 class Service:
     def __init__(self, jailer: Wire) -> None:
         self._jailer = jailer
-        self._jails: dict[str, _Jail] = {}
-        self._busy: dict[str, _Jail] = {}  # have work that can go on
-        self._paused: dict[str, _Jail] = {}
+        # By their numbers.
+        self._jails: dict[int, _Jail] = {}
+        self._busy: dict[int, _Jail] = {}  # have work that can go on
+        self._paused: dict[int, _Jail] = {}
         self._back: list[_Jail] = []  # for whom something was done aside
         woken, self._wake = os.pipe2(os.O_CLOEXEC)
         self._selector = selectors.DefaultSelector()
@@ -130,7 +137,7 @@ class Service:
             for jail in list(self._busy.values()):
                 self._work(jail)
             for jail in [jail for jail in self._paused.values() if jail.paused <= time.monotonic()]:
-                del self._paused[jail.name]
+                del self._paused[jail.number]
                 self._watch_output(jail)
 
     def _patience(self) -> float | None:
@@ -155,26 +162,26 @@ class Service:
         self._selector.modify(self._jailer, events, self._hear_jailer)
 
     def _take(self, frame: Frame) -> None:
-        name, fds = frame.body["jail"], frame.fds
+        number, fds = frame.body["jail"], frame.fds
         match frame.body["do"]:
             case "serve":
-                self._serve(name, frame.body["owner"], *fds)
+                self._serve(number, frame.body["name"], frame.body["owner"], *fds)
             case "control":
-                self._take_control(self._jails[name], *fds)
+                self._take_control(self._jails[number], *fds)
             case "measure":
-                jail = self._jails[name]
+                jail = self._jails[number]
                 jail.measuring = self._measure(jail, frame.body["most"])
                 self._go_on(jail)
             case "end":
-                self._end(self._jails[name])
+                self._end(self._jails[number])
 
     def _tell(self, body: Body) -> None:
         self._jailer.send(body)
         self._watch_jailer()
 
-    def _serve(self, name: str, owner: int, root: int, output: int) -> None:
+    def _serve(self, number: int, name: str, owner: int, root: int, output: int) -> None:
         files = FileServer(Tree(root, (owner, owner)))
-        jail = self._jails[name] = _Jail(name, root, files, Output(output, name, to_stderr))
+        jail = self._jails[number] = _Jail(number, name, root, files, Output(output, name, to_stderr))
         self._watch_output(jail)
 
     def _take_control(self, jail: _Jail, fd: int) -> None:
@@ -190,18 +197,18 @@ class Service:
             over = True
         except OSError:
             pass  # the disk fails, or descriptors are short: the next time tells
-        self._tell({"measured": jail.name, "over": over})
+        self._tell({"measured": jail.number, "over": over})
 
     def _end(self, jail: _Jail) -> None:
         self._drop_control(jail)
-        self._busy.pop(jail.name, None)
+        self._busy.pop(jail.number, None)
         self._unwatch_output(jail)
         jail.measuring = None
         jail.output.drain()
         os.close(jail.output.fd)
         os.close(jail.root)
-        del self._jails[jail.name]
-        self._tell({"ended": jail.name, "tail": jail.output.tail})
+        del self._jails[jail.number]
+        self._tell({"ended": jail.number, "tail": jail.output.tail})
 
     # --- the daemon --------------------------------------------------------------------------------------
 
@@ -211,7 +218,7 @@ class Service:
             return
         try:
             control.flush()
-            if not control.wants_write:
+            if not (control.wants_write or jail.asked or jail.answering):
                 for frame in control.receive():
                     frame.close()
                     jail.asked.append(frame.body)
@@ -223,9 +230,9 @@ class Service:
     def _go_on(self, jail: _Jail) -> None:
         answers = (jail.answering or jail.asked) and not (jail.waits_for_daemon or jail.aside)
         if jail.measuring or answers:
-            self._busy[jail.name] = jail
+            self._busy[jail.number] = jail
         else:
-            self._busy.pop(jail.name, None)
+            self._busy.pop(jail.number, None)
         self._watch(jail)
 
     def _work(self, jail: _Jail) -> None:
@@ -242,13 +249,19 @@ class Service:
     def _advance(self, jail: _Jail, work: Work | None) -> bool:
         """Has it ended?"""
         until = time.monotonic() + _SLICE
-        for to_do in work or ():
-            if to_do is not None:
-                jail.aside = True
-                threading.Thread(target=self._do_aside, args=(jail, to_do)).start()
-                return False
-            if jail.waits_for_daemon or time.monotonic() >= until:
-                return False
+        try:
+            for to_do in work or ():
+                if to_do is not None:
+                    threading.Thread(target=self._do_aside, args=(jail, to_do)).start()
+                    jail.aside = True
+                    return False
+                if jail.waits_for_daemon or time.monotonic() >= until:
+                    return False
+        except Closed:
+            raise  # the jailer is gone
+        except Exception:
+            log.exception("a bug in the file service; it goes on without what jail %s was asked", jail.name)
+            self._drop_control(jail)
         return True
 
     def _do_aside(self, jail: _Jail, to_do: Callable[[], None]) -> None:
@@ -263,14 +276,13 @@ class Service:
         os.read(woken, 1)
         jail = self._back.pop()
         jail.aside = False
-        if jail.name in self._jails:
+        if jail.number in self._jails:
             self._go_on(jail)
 
     def _answer(self, jail: _Jail, request: Body) -> Work:
         control = jail.control
+        assert control is not None  # else this would have been dropped
         for step in jail.files.answer(request):
-            if control is None or control is not jail.control:
-                return  # whoever asked is gone
             if not isinstance(step, tuple):
                 yield step
                 continue
@@ -315,11 +327,13 @@ class Service:
         self._selector.register(jail.output.fd, selectors.EVENT_READ, lambda: self._read_output(jail))
 
     def _unwatch_output(self, jail: _Jail) -> None:
-        self._paused.pop(jail.name, None)
+        self._paused.pop(jail.number, None)
         with suppress(KeyError):  # it is paused, or has come to its end
             self._selector.unregister(jail.output.fd)
 
     def _read_output(self, jail: _Jail) -> None:
+        if jail.number not in self._jails:
+            return  # it was ended just now
         now = time.monotonic()
         if now - jail.since >= 1.0:
             jail.since, jail.printed = now, 0
@@ -331,4 +345,4 @@ class Service:
         if jail.printed >= _OUTPUT_BYTES:
             self._unwatch_output(jail)
             jail.paused = jail.since + 1.0
-            self._paused[jail.name] = jail
+            self._paused[jail.number] = jail

@@ -263,6 +263,9 @@ class Keeper:
             )
             self._fail_making(cell, refused)
             return
+        except Closed:
+            self._fail_making(cell, Refused("who was to serve its files has just ended", "try again"))
+            return
         self._made(cell)
         cell.phase = Running()
 

@@ -1,12 +1,14 @@
 """The jailer's end of the file service (`file_service.py`), which it starts when it is first needed.
 
-What must hold: each jail that was begun is ended once, and whoever waits for that is told, whatever becomes
-of the service. How it can fail: the service ends; then all jails that it served end, and the next one begun
-starts another.
+What must hold: each jail that was begun is ended once, and whoever waits for that is told within seconds,
+whatever becomes of the service. How it can fail: the service ends; then all jails that it served end, and the
+next one begun starts another. If it does not answer, because it or the disk stands still, a jail's last words
+are not waited for any longer; if it goes on so, it is killed.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -24,6 +26,7 @@ from edge_agent.jail.wright import Wright
 log = logging.getLogger(__name__)
 
 _LAST_WORDS_SECONDS = 2.0
+_PATIENCE = 20.0  # seconds, for a disk that is slow
 
 Said = Callable[[str], None]  # is told the last that an agent printed
 
@@ -47,8 +50,12 @@ class ServedFiles:
         self._lost = lost
         self._wire: Wire | None = None
         self.pid = 0  # of the service; 0: there is none
-        self._cells: dict[str, Cell] = {}
-        self._ending: dict[str, Said] = {}
+        # By the numbers that the service knows jails by: a jail may be made again before the end of the last
+        # one of that name was answered.
+        self._numbers = itertools.count(1)
+        self._cells: dict[int, Cell] = {}
+        self._ending: dict[int, Said] = {}
+        self._unanswered: set[int] = set()
 
     def begin(self, cell: Cell) -> None:
         """OSError, or Closed if the service has just ended."""
@@ -57,30 +64,35 @@ class ServedFiles:
         root = roots.jail_state(cell.jail_id, self._config)
         output, cell.output = cell.output, -1
         owner = self._config.agent_uid(cell.slot)
-        self._cells[cell.jail_id] = cell
-        self._send({"do": "serve", "jail": cell.jail_id, "owner": owner}, (root, output))
+        cell.served = next(self._numbers)
+        self._cells[cell.served] = cell
+        body = {"do": "serve", "jail": cell.served, "name": cell.jail_id, "owner": owner}
+        self._send(body, (root, output))
 
     def control(self, cell: Cell, fd: int) -> None:
         """`fd`: the service's end of a socket to the daemon, which it takes. Closed if it has ended."""
-        self._send({"do": "control", "jail": cell.jail_id}, (fd,))
+        self._send({"do": "control", "jail": cell.served}, (fd,))
 
     def measure(self, cell: Cell) -> None:
         """Closed if the service has ended."""
         most = quota.most_taken(cell.request.limits.disk_bytes)
-        self._send({"do": "measure", "jail": cell.jail_id, "most": most})
+        self._send({"do": "measure", "jail": cell.served, "most": most})
 
     def end(self, cell: Cell, said: Said) -> None:
         """Its processes have ended. `said` is called once, at once for one that was not begun."""
-        if self._cells.get(cell.jail_id) is not cell:
+        number, jail_id = cell.served, cell.jail_id
+        if number not in self._cells:
             said("")
             return
-        self._ending[cell.jail_id] = said
+        self._ending[number] = said
+        self._unanswered.add(number)
         try:
-            self._send({"do": "end", "jail": cell.jail_id})
+            self._send({"do": "end", "jail": number})
         except Closed:
-            self._ended(cell.jail_id, "")
+            self._ended(number, "")
             return
-        self._loop.after(_LAST_WORDS_SECONDS, lambda: self._lose_patience(cell))
+        self._loop.after(_LAST_WORDS_SECONDS, lambda: self._ended(number, ""))
+        self._loop.after(_PATIENCE, lambda: self._lose_patience(jail_id, number))
 
     def close(self) -> None:
         """At the jailer's end."""
@@ -122,25 +134,26 @@ class ServedFiles:
 
     def _heard(self, body: Body) -> None:
         match body:
-            case {"measured": str(jail_id), "over": bool(over)} if cell := self._cells.get(jail_id):
+            case {"measured": int(number), "over": bool(over)} if cell := self._cells.get(number):
                 self._measured(cell, over)
-            case {"ended": str(jail_id), "tail": str(tail)}:
-                self._ended(jail_id, tail)
+            case {"ended": int(number), "tail": str(tail)}:
+                self._unanswered.discard(number)
+                self._ended(number, tail)
 
-    def _ended(self, jail_id: str, tail: str) -> None:
-        self._cells.pop(jail_id, None)
-        said = self._ending.pop(jail_id, None)
+    def _ended(self, number: int, tail: str) -> None:
+        self._cells.pop(number, None)
+        said = self._ending.pop(number, None)
         if said is not None:
             said(tail)
 
-    def _lose_patience(self, cell: Cell) -> None:
-        if self._cells.get(cell.jail_id) is cell:
-            log.error("the file service did not end jail %s in time, and is killed", cell.jail_id)
+    def _lose_patience(self, jail_id: str, number: int) -> None:
+        if number in self._unanswered:
+            log.error("the file service did not end jail %s in %g s, and is killed", jail_id, _PATIENCE)
             self._break_off()
 
     def _service_ended(self, pid: int, code: int) -> None:
+        log.error("the file service ended with %d", code)
         if pid == self.pid:
-            log.error("the file service ended with %d", code)
             self.pid = 0
             self._break_off()
 
@@ -152,11 +165,12 @@ class ServedFiles:
         self._loop.unwatch(wire)
         wire.close()
         self._kill()
+        self._unanswered.clear()
         cells, self._cells = self._cells, {}
         for cell in cells.values():
             self._lost(cell)
-        for jail_id in list(self._ending):
-            self._ended(jail_id, "")
+        for number in list(self._ending):
+            self._ended(number, "")
 
     def _kill(self) -> None:
         if self.pid:

@@ -52,8 +52,8 @@ class Shares:
             cell.measuring = now
 
     def measured(self, cell: Cell) -> None:
-        """Looking takes a share of the jail's own processor time, whoever it was that wrote: so a large state
-        is looked at less often, but not so seldom that it pays to have one."""
+        """Looking takes time, of the jail's own share or of who serves all files: so a large state is looked
+        at less often, but not so seldom that it pays to have one."""
         now = self._clock()
         took = now - (now if cell.measuring is None else cell.measuring)
         cell.measuring = None

@@ -10,6 +10,7 @@ a path that no tree can have, which is the caller's bug.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import secrets
 import stat
@@ -164,6 +165,10 @@ class Tree:
         return fd
 
     def commit_write(self, entry: Entry, more: bool = False) -> Entry:
+        return whole(self.committing(entry, more))
+
+    def committing(self, entry: Entry, more: bool) -> InSlices[Entry]:
+        """As `commit_write`."""
         pending = self._pending.get(entry.path)
         if pending is None:
             raise ValueError(f"{entry.path!r} was not opened for writing")
@@ -172,7 +177,7 @@ class Tree:
             self._own(pending.fd)
             os.fchmod(pending.fd, entry.mode & 0o777)
             os.utime(pending.fd, ns=(entry.mtime_ns, entry.mtime_ns))
-            _replace(pending.parent, pending.temporary, name)
+            yield from _replace(pending.parent, pending.temporary, name)
             if entry.path in self._more:  # of a file that this one takes the place of
                 os.close(self._more.pop(entry.path))
             if more:
@@ -205,22 +210,30 @@ class Tree:
                 os.close(fd)
 
     def make_link(self, entry: Entry) -> None:
+        whole(self.linking(entry))
+
+    def linking(self, entry: Entry) -> InSlices[None]:
+        """As `make_link`."""
         with self._parent(entry.path) as (parent, name):
             temporary = _temporary_name()
             os.symlink(entry.target, temporary, dir_fd=parent)
             try:
                 if self._owner is not None:
                     os.chown(temporary, *self._owner, dir_fd=parent, follow_symlinks=False)
-                _replace(parent, temporary, name)
-            except OSError:
+                yield from _replace(parent, temporary, name)
+            except BaseException:
                 with suppress(FileNotFoundError):
                     os.unlink(temporary, dir_fd=parent)
                 raise
 
     def remove(self, path: str) -> None:
+        whole(self.removing(path))
+
+    def removing(self, path: str) -> InSlices[None]:
+        """As `remove`."""
         with suppress(FileNotFoundError):
             with self._parent(path) as (parent, name):
-                _remove(parent, name, 0)
+                yield from _remove(parent, name, 0)
 
     @contextmanager
     def _parent(self, path: str) -> Iterator[tuple[int, str]]:
@@ -278,7 +291,7 @@ class _Scan:
                     if self._met % _SLICE == 0:
                         yield
                     if item.name.startswith(TEMPORARY):
-                        _remove(fd, item.name, depth)
+                        yield from _remove(fd, item.name, depth)
                         continue
                     path = prefix + item.name
                     below = self._one(fd, item.name, path)
@@ -330,6 +343,12 @@ def write_back(fd: int) -> None:
         os.fdatasync(fd)  # a file system without it
 
 
+def _some_names(fd: int) -> list[str]:
+    """The first in the directory: an agent can put any number there."""
+    with os.scandir(fd) as names:
+        return [item.name for item in itertools.islice(names, _SLICE)]
+
+
 def _close_scan(fd: int, names: os._ScandirIterator[str]) -> None:
     names.close()
     os.close(fd)
@@ -376,15 +395,15 @@ def _is(kind: Callable[[int], bool], parent: int, name: str) -> bool:
     return status is not None and kind(status.st_mode)
 
 
-def _replace(parent: int, temporary: str, name: str) -> None:
+def _replace(parent: int, temporary: str, name: str) -> InSlices[None]:
     """Moves a file or link in place of whatever has that name. A file is replaced atomically, a directory
     is removed first."""
     if _is(stat.S_ISDIR, parent, name):
-        _remove(parent, name, 0)
+        yield from _remove(parent, name, 0)
     os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
 
-def _remove(parent: int, name: str, depth: int) -> None:
+def _remove(parent: int, name: str, depth: int) -> InSlices[None]:
     """Removes `name`, with all beneath it if it is a directory. FileNotFoundError if it is not there."""
     status = os.stat(name, dir_fd=parent, follow_symlinks=False)
     if not stat.S_ISDIR(status.st_mode):
@@ -394,8 +413,10 @@ def _remove(parent: int, name: str, depth: int) -> None:
         raise TreeTooLarge(f"directories are nested more than {MAX_DEPTH} deep")
     fd = os.open(name, _DIRECTORY, dir_fd=parent)
     try:
-        for child in os.listdir(fd):
-            _remove(fd, child, depth + 1)
+        while names := _some_names(fd):
+            for child in names:
+                yield from _remove(fd, child, depth + 1)
+            yield
     finally:
         os.close(fd)
     os.rmdir(name, dir_fd=parent)

@@ -1,4 +1,4 @@
-"""When a jail's init is asked to look at /state: with a group and a wire that are not there."""
+"""When somebody is asked to look at a jail's /state: with a group and a jail that are not there."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ class World:
         self.cpu = 1.0
         self.asked = 0
         groups: Any = SimpleNamespace(usage=lambda jail_id: Usage(0, self.cpu, 1, 0))
-        loop: Any = SimpleNamespace(refresh=lambda wire: None)
-        self.shares = Shares(groups, loop, lambda: self.now)
+        loop: Any = None  # of no use here
+        self.shares = Shares(groups, loop, self._ask, lambda: self.now)
         self.cell: Any = SimpleNamespace(
             jail_id="a",
             phase=Running(),
             measuring=None,
             measure_after=0.0,
             cpu_seconds=0.0,
-            supervisor=SimpleNamespace(send=self._send),
         )
 
-    def _send(self, body: dict[str, str]) -> None:
-        assert body == {"do": "measure"}
+    def _ask(self, cell: Any) -> None:
+        assert cell is self.cell
         self.asked += 1
 
 
