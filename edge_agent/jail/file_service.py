@@ -132,13 +132,17 @@ class Service:
     def run(self) -> NoReturn:
         """Until the jailer ends: Closed."""
         while True:
-            for key, _ in self._selector.select(self._patience()):
-                key.data()
-            for jail in list(self._busy.values()):
-                self._work(jail)
-            for jail in [jail for jail in self._paused.values() if jail.paused <= time.monotonic()]:
-                del self._paused[jail.number]
-                self._watch_output(jail)
+            self.turn(self._patience())
+
+    def turn(self, patience: float | None) -> None:
+        """Does what there is to do, a slice for each jail, or waits for it for `patience` seconds."""
+        for key, _ in self._selector.select(patience):
+            key.data()
+        for jail in list(self._busy.values()):
+            self._work(jail)
+        for jail in [jail for jail in self._paused.values() if jail.paused <= time.monotonic()]:
+            del self._paused[jail.number]
+            self._watch_output(jail)
 
     def _patience(self) -> float | None:
         if self._busy:
