@@ -11,7 +11,6 @@ from edge_agent.jail.calls import Answer
 from edge_agent.jail.protocol import Connect, Listen
 from shared.errors import Reason, RoostError
 
-
 Ask = Callable[[Listen | Connect], Awaitable[Answer]]
 
 

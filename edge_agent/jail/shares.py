@@ -58,7 +58,8 @@ class Shares:
         took = now - (now if cell.measuring is None else cell.measuring)
         cell.measuring = None
         cell.measure_after = now + min(_LONGEST_PAUSE, _PAUSE_FACTOR * took)
-        cell.cpu_seconds = self._cgroups.usage(cell.jail_id).cpu_seconds
+        with suppress(OSError):
+            cell.cpu_seconds = self._cgroups.usage(cell.jail_id).cpu_seconds
 
     def resize(self, cell: Cell, request: Resize, done: Done) -> None:
         wanted = dataclasses.replace(

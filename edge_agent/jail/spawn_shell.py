@@ -54,8 +54,12 @@ def spawn_shell(request: Make, wright: Wright, owner: int) -> Spawned:
     supervisor, inner_supervisor = pair()
     turn, inner_turn = pair()
     settling, inner_settling = _packets()
-    readable, writable = os.pipe2(os.O_CLOEXEC)
     progress = Progress.begin()
+    try:
+        readable, writable = os.pipe2(os.O_CLOEXEC)
+    except OSError:
+        progress.close()
+        raise
     inner = (inner_supervisor.fileno(), inner_settling.fileno(), progress.fd)
     born: list[int] = []
 

@@ -32,8 +32,11 @@ while True:
 """
 
 
-async def _made(jailer: RunningJailer, code: str, disk: Disk) -> Jail:
-    return await jailer.jails.make(dataclasses.replace(spec("a", python(code)), disk=disk))
+async def _made(jailer: RunningJailer, code: str, disk: Disk, way: str = "exec") -> Jail:
+    made = spec("a", python(code))
+    if way == "zygote":
+        made = dataclasses.replace(made, bundle="v2", zygote=(await jailer.zygote("v2", code)).jail_id)
+    return await jailer.jails.make(dataclasses.replace(made, disk=disk))
 
 
 async def _gone(jail: Jail, timeout: float = 20.0) -> Exit:
@@ -45,8 +48,9 @@ async def _gone(jail: Jail, timeout: float = 20.0) -> Exit:
             return gone.exit
 
 
-async def test_a_jail_that_fills_its_state_is_stopped(jailer: RunningJailer) -> None:
-    jail = await _made(jailer, FILL, SMALL)
+@pytest.mark.parametrize("way", ["exec", "zygote"])
+async def test_a_jail_that_fills_its_state_is_stopped(jailer: RunningJailer, way: str) -> None:
+    jail = await _made(jailer, FILL, SMALL, way)
     await jail.start()
     if "limited by the kernel" in jailer.log():
         assert await jail.receive() == b"122", "EDQUOT"

@@ -15,7 +15,7 @@ from edge_agent.state.files import Entry, Files, Kind
 from edge_agent.state.tree import MAX_ENTRIES
 from shared.errors import Reason, RoostError
 from tests.contract.test_files import FilesContract
-from tests.support.jailer import ECHO, RunningJailer, python, spec
+from tests.support.jailer import ECHO, RunningJailer
 
 _libc = ctypes.CDLL(None)
 
@@ -33,9 +33,10 @@ class _Elsewhere:
 
 
 class TestRemoteFiles(FilesContract):
-    @pytest.fixture
-    async def jail(self, jailer: RunningJailer) -> Jail:
-        return await jailer.jails.make(spec("a", python(ECHO)))
+    @pytest.fixture(params=["exec", "zygote"])
+    async def jail(self, jailer: RunningJailer, request: pytest.FixtureRequest) -> Jail:
+        """Its own init serves its files, or the node's file service."""
+        return await jailer.started(request.param, "a", ECHO)
 
     @pytest.fixture
     def tmp_path_factory(self, jailer: RunningJailer) -> _Elsewhere:

@@ -118,6 +118,18 @@ async def test_a_refusal_of_the_mounter_names_operation_and_cause(jailer: Runnin
     await jailer.forked("a", zygote)
 
 
+@needs_root
+@pytest.mark.parametrize("step", ["be in no group", "say that it is ready"])
+async def test_a_refusal_of_a_shells_init_names_operation_and_cause(step: str) -> None:
+    async with running_jailer(broken=step) as jailer:
+        zygote = await jailer.zygote("v2", ECHO)
+        for jail_id in "ab":
+            with pytest.raises(RoostError, match=rf"{step}.*\(EBADF\)"):
+                await jailer.forked(jail_id, zygote)
+        await zygote.kill()
+        assert not jailer.cgroups()
+
+
 async def test_a_zygote_that_can_not_be_executed_says_so(jailer: RunningJailer) -> None:
     """All of its descriptors but the last are closed by then."""
     missing = JailSpec("zygote-a", BUNDLE, ("/none/python",), {}, LIMITS)

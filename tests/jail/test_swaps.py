@@ -12,7 +12,7 @@ import pytest
 from edge_agent.jail.api import Jail
 from edge_agent.state.files import Entry, Kind
 from shared.errors import RoostError
-from tests.support.jailer import BUNDLE, RunningJailer, python, spec
+from tests.support.jailer import BUNDLE, RunningJailer
 
 # renameat2 with RENAME_EXCHANGE: at no time is there nothing.
 SWAP = """
@@ -37,18 +37,23 @@ def outside(jailer: RunningJailer) -> Path:
     return directory
 
 
-async def _swapping(jailer: RunningJailer, outside: Path) -> Jail:
-    jail = await jailer.jails.make(spec("a", python(SWAP)))
-    await jail.start()
+@pytest.fixture(params=["exec", "zygote"])
+def way(request: pytest.FixtureRequest) -> str:
+    """Who serves the files: the jail's own init, or the node's file service."""
+    return str(request.param)
+
+
+async def _swapping(jailer: RunningJailer, way: str, outside: Path) -> Jail:
+    jail = await jailer.started(way, "a", SWAP)
     await jail.send(str(outside).encode())
     await jail.receive()
     return jail
 
 
-async def test_no_swap_makes_the_node_read_outside(jailer: RunningJailer) -> None:
+async def test_no_swap_makes_the_node_read_outside(jailer: RunningJailer, way: str) -> None:
     """Not even of what init can see, like the agent's version."""
     jailer.bundle(BUNDLE, {"f": "the version's"})
-    jail = await _swapping(jailer, Path("/agent"))
+    jail = await _swapping(jailer, way, Path("/agent"))
     read = set()
     for _ in range(_TRIES):
         with contextlib.suppress(FileNotFoundError, RoostError):
@@ -60,8 +65,8 @@ async def test_no_swap_makes_the_node_read_outside(jailer: RunningJailer) -> Non
     assert read == {b"mine"}, "and it was there now and then"
 
 
-async def test_no_swap_makes_the_node_write_outside(jailer: RunningJailer, outside: Path) -> None:
-    jail = await _swapping(jailer, outside)
+async def test_no_swap_makes_the_node_write_outside(jailer: RunningJailer, way: str, outside: Path) -> None:
+    jail = await _swapping(jailer, way, outside)
     for i in range(_TRIES):
         with contextlib.suppress(FileNotFoundError, RoostError):
             fd = await jail.files.open_write(f"d/{i}")
@@ -72,8 +77,8 @@ async def test_no_swap_makes_the_node_write_outside(jailer: RunningJailer, outsi
     assert (outside / "f").read_text() == "the host's"
 
 
-async def test_no_swap_makes_the_node_remove_outside(jailer: RunningJailer, outside: Path) -> None:
-    jail = await _swapping(jailer, outside)
+async def test_no_swap_makes_the_node_remove_outside(jailer: RunningJailer, way: str, outside: Path) -> None:
+    jail = await _swapping(jailer, way, outside)
     for _ in range(_TRIES):
         with contextlib.suppress(FileNotFoundError, RoostError):
             await jail.files.remove("d/f")

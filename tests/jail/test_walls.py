@@ -180,22 +180,27 @@ async def test_tmp_is_private_and_gone_with_the_jail(jailer: RunningJailer) -> N
             await jail.kill()
 
 
-async def test_a_link_in_the_state_leads_nowhere(jailer: RunningJailer) -> None:
-    """What an agent links to is never opened: neither by init nor when the directory is removed."""
+async def test_a_link_in_the_state_leads_nowhere(jailer: RunningJailer, way: str) -> None:
+    """What an agent links to is never opened: neither for the node nor when the directory is removed."""
     outside = jailer.data_dir / "outside"
     outside.write_text("secret")
-    code = (
-        f"import os; os.symlink({str(outside)!r}, '/state/link'); os.symlink('/', '/state/all'); send(b'.')"
-    )
-    jail = await jailer.jails.make(spec("a", python(code + "\nwhile True: recv()")))
-    await jail.start()
+    code = f"""
+import os
+for name, to in (("link", {str(outside)!r}), ("all", "/"), ("up", "../../.."), ("self", "/proc/self/root")):
+    os.symlink(to, "/state/" + name)
+os.mkfifo("/state/fifo")
+socket.socket(socket.AF_UNIX).bind("/state/socket")
+send(b".")
+while True: recv()
+"""
+    jail = await jailer.started(way, "a", code)
     await jail.receive()
-    for path in ("link", "all/etc/passwd", "all"):
-        try:
+    for path in ("link", "all/etc/passwd", "all", "up/etc/passwd", "self/etc/passwd", "fifo", "socket"):
+        with pytest.raises(FileNotFoundError):
             os.close(await jail.files.open_read(path))
-        except FileNotFoundError:
-            continue
-        raise AssertionError(f"{path} was opened")
+    with pytest.raises(ValueError, match="no path within"):
+        await jail.files.open_read("../../outside")
+    assert [entry.path for entry in await jail.files.scan()] == ["all", "link", "self", "up"]
     await jail.kill()
     await jailer.jails.discard("a")
     assert outside.read_text() == "secret"

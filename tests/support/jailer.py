@@ -29,7 +29,7 @@ from edge_agent.jail.client import JailerClient
 from edge_agent.jail.python import base_interpreter, zygote_argv
 from shared.resources import Resources
 from tests.support.process import Process
-from tests.support.run_jailer import LEVEL
+from tests.support.run_jailer import BROKEN, LEVEL
 
 
 def is_root() -> bool:
@@ -85,10 +85,15 @@ class RunningJailer:
     """`jails` is the client; after the daemon was restarted, `reconnect` makes it a new one."""
 
     def __init__(
-        self, directory: Path, config: str = "", image: Path | None = None, level: str = "INFO"
+        self,
+        directory: Path,
+        config: str = "",
+        image: Path | None = None,
+        level: str = "INFO",
+        broken: str = "",
     ) -> None:
         """`config`: more of its edge.toml. `image`: of a file system that its data is on (`quota_disk`).
-        `level`: of its log."""
+        `level`: of its log. `broken`: the step that inits of forked jails fail at."""
         self.data_dir = directory / "data"
         self.daemon_pid = 0
         # At random, so that test runs at the same time do not share uids.
@@ -103,7 +108,9 @@ class RunningJailer:
         argv = (str(self.config), sys.executable, "-m", "tests.support.jail_daemon", name)
         module = "quota_disk" if image else "run_jailer"
         argv = (*([str(image)] if image else []), *argv)
-        self.process = Process(f"tests.support.{module}", argv, directory / "log", {LEVEL: level})
+        self.process = Process(
+            f"tests.support.{module}", argv, directory / "log", {LEVEL: level, BROKEN: broken}
+        )
         self.config.write_text(
             f'node = "test"\ndata_dir = "{self.data_dir}"\ncoordinators = ["127.0.0.1:1"]\n'
             f'[jailer]\nuid_base = {self._uids.start}\nstop_grace = "5s"\n{config}'
@@ -276,11 +283,11 @@ def _new_directory() -> Path:
 
 @asynccontextmanager
 async def running_jailer(
-    config: str = "", image: Path | None = None, level: str = "INFO"
+    config: str = "", image: Path | None = None, level: str = "INFO", broken: str = ""
 ) -> AsyncIterator[RunningJailer]:
     """Stopped at the end, with all of its jails; its log is printed for a test that fails."""
     directory = _new_directory()
-    jailer = RunningJailer(directory, config, image, level)
+    jailer = RunningJailer(directory, config, image, level, broken)
     try:
         await jailer.start()
         yield jailer

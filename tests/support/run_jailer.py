@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
 
 from edge_agent.config import EdgeConfig
-from edge_agent.jail import app
+from edge_agent.jail import app, spawn_shell
 from edge_agent.jail.config import jailer_config
+from edge_agent.jail.prepared import Step, libc
 from edge_agent.jail.protocol import Refused
 from shared import config, log
 
 LEVEL = "ROOST_TEST_LOG_LEVEL"
+BROKEN = "ROOST_TEST_BROKEN_STEP"  # what an init is to fail at, a step of spawn_shell.SETTLED
 
 
 def main() -> None:
     file = Path(sys.argv[1])
     log.setup("test jailer", os.environ.get(LEVEL, "INFO"))
+    if broken := os.environ.get(BROKEN):
+        spawn_shell.SETTLED = tuple(map(_broken, spawn_shell.SETTLED))
+        assert any(step.what == broken for step in spawn_shell.SETTLED)
     edge = config.load_file(EdgeConfig, file)
     try:
         app.run(jailer_config(edge, file), tuple(sys.argv[2:]))
     except Refused as refused:
         sys.exit(f"{refused.message} ({refused.hint})")
+
+
+def _broken(step: Step) -> Step:
+    """One of that name closes what is not open."""
+    if step.what == os.environ[BROKEN]:
+        return Step(step.what, libc.close, (ctypes.c_int(-1),))
+    return step
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cgroupspy.nodes import Node
 
 from edge_agent.jail.cgroups.base import Usage, high_of, kill_members
 from edge_agent.jail.protocol import Limits
+from edge_agent.jail.wire import close_all
 
 CONTROLLERS = ("memory", "cpu", "cpuacct", "pids", "freezer")
 BLKIO = "blkio"  # only for jails with limits on it: joining one more group takes time
@@ -119,14 +121,15 @@ class V1:
             (group / _TASKS).write_text("0")
 
     def open_init(self, jail_id: str) -> tuple[int, ...]:
-        return self._open_tasks(jail_id)
+        return _open_tasks(self._groups(jail_id).values())
 
     def open_agent(self, jail_id: str) -> tuple[int, ...]:
-        tasks = _path(self._parents["freezer"], jail_id, AGENT) / _TASKS
-        return (os.open(tasks, os.O_WRONLY | os.O_CLOEXEC),)
+        return _open_tasks([_path(self._parents["freezer"], jail_id, AGENT)])
 
     def open_from_outside(self, jail_id: str) -> tuple[int, ...]:
-        return (*self._open_tasks(jail_id, "freezer"), *self.open_agent(jail_id))
+        groups = self._groups(jail_id)
+        freezer = groups.pop("freezer")
+        return _open_tasks([*groups.values(), freezer / AGENT])
 
     def open_freezer(self, jail_id: str) -> tuple[int, ...]:
         state = _path(self._parents["freezer"], jail_id, AGENT) / "freezer.state"
@@ -175,12 +178,20 @@ class V1:
         groups = {name: _path(parent, jail_id) for name, parent in self._parents.items()}
         return {name: group for name, group in groups.items() if name != BLKIO or group.exists()}
 
-    def _open_tasks(self, jail_id: str, but: str = "") -> tuple[int, ...]:
-        groups = [group for name, group in self._groups(jail_id).items() if name != but]
-        return tuple(os.open(group / _TASKS, os.O_WRONLY | os.O_CLOEXEC) for group in groups)
-
     def _node(self, controller: str, jail_id: str) -> Node:
         return Node(jail_id, parent=self._parents[controller])
+
+
+def _open_tasks(groups: Iterable[Path]) -> tuple[int, ...]:
+    """All, or none and OSError."""
+    opened: list[int] = []
+    try:
+        for group in groups:
+            opened.append(os.open(group / _TASKS, os.O_WRONLY | os.O_CLOEXEC))
+    except OSError:
+        close_all(opened)
+        raise
+    return tuple(opened)
 
 
 def _number(controller: Controller, name: str) -> int:
