@@ -6,9 +6,10 @@ root of its own, without network, and sees no process but itself, under the syst
 jail's `/state` comes to it as a mount that is attached nowhere, out of which no path leads; and it follows
 neither links nor `..` (`state/tree.py`).
 
-    jailer -> service  {"do": "serve", "jail", "name", "owner"} with that mount, and the end of a pipe, of
-                       which the agent has the other as its output; `jail` is a number that is used once,
-                       `name` is for the log, `owner` is the agent's uid and gid
+    jailer -> service  {"do": "serve", "jail", "name", "owner", "keeper"} with that mount, and the end of a
+                       pipe, of which the agent has the other as its output; `jail` is a number that is used
+                       once, `name` is for the log, `owner` is the agent's uid and gid, and `keeper` those of
+                       whom files belong to until they are committed: the jail's, but not the agent's
                        {"do": "control", "jail"} with a socket to the daemon, in place of the one before
                        {"do": "measure", "jail", "most"} is there more than so many bytes in /state?
                        {"do": "end", "jail"} its processes have ended
@@ -169,7 +170,7 @@ class Service:
         number, fds = frame.body["jail"], frame.fds
         match frame.body["do"]:
             case "serve":
-                self._serve(number, frame.body["name"], frame.body["owner"], *fds)
+                self._serve(number, frame.body, *fds)
             case "control":
                 self._take_control(self._jails[number], *fds)
             case "measure":
@@ -183,8 +184,9 @@ class Service:
         self._jailer.send(body)
         self._watch_jailer()
 
-    def _serve(self, number: int, name: str, owner: int, root: int, output: int) -> None:
-        files = FileServer(Tree(root, (owner, owner)))
+    def _serve(self, number: int, body: Body, root: int, output: int) -> None:
+        name, owner, keeper = body["name"], body["owner"], body["keeper"]
+        files = FileServer(Tree(root, (owner, owner), (keeper, keeper)))
         jail = self._jails[number] = _Jail(number, name, root, files, Output(output, name, to_stderr))
         self._watch_output(jail)
 

@@ -63,11 +63,11 @@ class ServedFiles:
             self._start()
         root = roots.jail_state(cell.jail_id, self._config)
         output, cell.output = cell.output, -1
-        owner = self._config.agent_uid(cell.slot)
         cell.served = next(self._numbers)
         self._cells[cell.served] = cell
-        body = {"do": "serve", "jail": cell.served, "name": cell.jail_id, "owner": owner}
-        self._send(body, (root, output))
+        names = {"jail": cell.served, "name": cell.jail_id}
+        uids = {"owner": self._config.agent_uid(cell.slot), "keeper": self._config.init_uid(cell.slot)}
+        self._send({"do": "serve", **names, **uids}, (root, output))
 
     def control(self, cell: Cell, fd: int) -> None:
         """`fd`: the service's end of a socket to the daemon, which it takes. Closed if it has ended."""

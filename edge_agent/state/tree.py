@@ -69,11 +69,17 @@ class _Pending:
 
 class Tree:
     """The tree under `root_fd`, which stays the caller's to close. What it makes belongs to `owner`, a
-    (uid, gid), if given. One caller at a time."""
+    (uid, gid), if given, and a file that is still to be committed to `keeper`. One caller at a time."""
 
-    def __init__(self, root_fd: int, owner: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        root_fd: int,
+        owner: tuple[int, int] | None = None,
+        keeper: tuple[int, int] | None = None,
+    ) -> None:
         self._root = root_fd
         self._owner = owner
+        self._keeper = keeper
         self._pending: dict[str, _Pending] = {}
         self._more: dict[str, int] = {}  # our own descriptors of files in place, by their first path
 
@@ -156,6 +162,8 @@ class Tree:
             temporary = _temporary_name()
             fd = os.open(temporary, _CREATE, 0o600, dir_fd=parent)
             try:
+                if self._keeper is not None:
+                    os.fchown(fd, *self._keeper)
                 # Our own descriptors: the caller may close its one before the commit.
                 self._pending[path] = _Pending(os.dup(parent), os.dup(fd), temporary)
             except OSError:

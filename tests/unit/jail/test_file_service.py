@@ -74,8 +74,9 @@ class World:
         for name in names:
             (state / name).touch()
         readable, self.outputs[number] = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        body = {"do": "serve", "jail": number, "name": f"jail-{number}", "owner": os.getuid()}
-        self.jailer.wire.send(body, (os.open(state, os.O_RDONLY), readable))
+        names = {"jail": number, "name": f"jail-{number}"}
+        uids = {"owner": os.getuid(), "keeper": os.getuid()}
+        self.jailer.wire.send({"do": "serve", **names, **uids}, (os.open(state, os.O_RDONLY), readable))
         return state
 
     def daemon(self, number: int) -> Peer:
