@@ -20,7 +20,7 @@ from edge_agent.state.files import Entry, Kind
 from edge_agent.state.tree import MAX_ENTRIES
 from shared.errors import RoostError
 from tests.support.eventually import eventually
-from tests.support.jailer import ECHO, RunningJailer, alive
+from tests.support.jailer import ECHO, FILE_SERVICE, RunningJailer, alive
 
 _MANY = MAX_ENTRIES + 1  # files
 _FLOOD = "import os\nwhile True: os.write(2, bytes(1 << 16))"
@@ -28,7 +28,7 @@ _OUTPUT_BYTES = 8 << 20  # that are read in a second, at most
 
 
 async def service(jailer: RunningJailer) -> psutil.Process:
-    return await eventually(lambda: jailer.child_named("roost-files"), 5.0, "a file service")
+    return await eventually(lambda: jailer.child_named(FILE_SERVICE), 5.0, "a file service")
 
 
 async def works(jail: Jail) -> bool:
@@ -65,7 +65,7 @@ async def test_it_is_killed_while_jails_are_made(jailer: RunningJailer) -> None:
     for delay in range(30):
         making = asyncio.ensure_future(jailer.forked("a", zygote))
         await asyncio.sleep(delay / 2000)
-        if process := jailer.child_named("roost-files"):
+        if process := jailer.child_named(FILE_SERVICE):
             process.kill()
         async with asyncio.timeout(10.0):
             with suppress(RoostError, JailGone):

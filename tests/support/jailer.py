@@ -40,6 +40,7 @@ needs_root = pytest.mark.skipif(not is_root(), reason="jails need root")
 
 LIMITS = Resources(memory_bytes=128 << 20, cpu_millis=1000, pids=32)
 BUNDLE = "v1"
+FILE_SERVICE = "roost-files"  # its name among the jailer's children
 _START_SECONDS = 15.0
 
 # What small agents of tests need to talk: recv() and send() of bytes, recv() None at the end.
@@ -196,7 +197,11 @@ class RunningJailer:
         """The host's pids of the jails' inits: the jailer's children in another pid namespace."""
         mine = os.readlink("/proc/self/ns/pid")
         children = psutil.Process(self.process.pid).children()
-        return [child.pid for child in children if _pid_namespace(child.pid) not in (None, mine)]
+        return [
+            child.pid
+            for child in children
+            if _pid_namespace(child.pid) not in (None, mine) and _name(child) != FILE_SERVICE
+        ]
 
     def child_named(self, name: str) -> psutil.Process | None:
         children = psutil.Process(self.process.pid).children()

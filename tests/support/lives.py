@@ -19,7 +19,7 @@ from edge_agent.jail.api import JailGone, JailSpec, Zygote
 from shared.errors import RoostError
 from shared.resources import Resources
 from tests.support.eventually import eventually
-from tests.support.jailer import LIMITS, RunningJailer, alive, python, spec
+from tests.support.jailer import FILE_SERVICE, LIMITS, RunningJailer, alive, python, spec
 
 # Answers with the number of messages so far, which it has on the disk as well.
 COUNT = """
@@ -33,7 +33,7 @@ while True:
 """
 WAYS = ("exec", "fork", "task")
 SIZES = (LIMITS, replace(LIMITS, memory_bytes=96 << 20), replace(LIMITS, cpu_millis=2000, pids=40))
-VICTIMS = ("wright", "daemon", "jailer", "zygote", "shell", "mounter", "init", "agent")
+VICTIMS = ("wright", "files", "daemon", "jailer", "zygote", "shell", "mounter", "init", "agent")
 _PATIENCE = 20.0
 
 
@@ -183,6 +183,10 @@ class Lives:
                 await self._new_jailer()
             case "zygote":
                 self.zygote = None
+            case "files":
+                for jail_id, served in list(self.living.items()):
+                    if served.way == "fork":
+                        await self._ended(jail_id, served, victim)
             case "init" | "agent" if life is not None:
                 await self._ended(of, life, victim)
 
@@ -224,6 +228,9 @@ class Lives:
             case "wright":
                 wright = self.jailer.child_named("roost-wright")
                 return [wright.pid] if wright else []
+            case "files":
+                files = self.jailer.child_named(FILE_SERVICE)
+                return [files.pid] if files else []
             case "shell":
                 return self.jailer.shells()[:1]
             case "mounter":
@@ -262,7 +269,11 @@ class Lives:
         assert not os.listdir(self.jailer.data_dir / "jails")
         await self._settles()
         await eventually(
-            lambda: _descriptors(self.jailer.process.pid) == self.descriptors, _PATIENCE, "no descriptor"
+            lambda: (
+                _descriptors(self.jailer.process.pid) - len(self._pids_of("files", "")) == self.descriptors
+            ),
+            _PATIENCE,
+            "no descriptor but the file service's socket",
         )
 
     async def _settles(self) -> None:
