@@ -1,4 +1,5 @@
-"""Requests and answers over a `Wire`, for asyncio: the daemon's side of both the jailer and an init."""
+"""Requests and answers over a `Wire`, for asyncio: the daemon's side of the jailer, an init, or the file
+service."""
 
 from __future__ import annotations
 

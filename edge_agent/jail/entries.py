@@ -1,4 +1,4 @@
-"""Entries of a tree of files as they travel between a jail's init and the daemon: short JSON lists."""
+"""Entries of a tree of files as they travel to the daemon from who serves them: short JSON lists."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class JailedAgent:
 
     @property
     def files(self) -> RemoteFiles:
-        return RemoteFiles(self._ask_init)
+        return RemoteFiles(self._ask_inside)
 
     @property
     def ended(self) -> bool:
@@ -91,7 +91,7 @@ class JailedAgent:
             await self._ask_jailer(protocol.Fork(self._jail_id))
             return
         try:
-            await self._ask_init({"do": "start"}, _SECONDS)
+            await self._ask_inside({"do": "start"}, _SECONDS)
         except CallFailed as failed:
             raise RoostError(Reason.JAIL_FAILED, failed.message, failed.hint) from None
 
@@ -216,11 +216,11 @@ class JailedAgent:
         except TurnsEnded:
             await self._raise_gone(f"the agent of jail {self._jail_id} closed its socket, but goes on")
 
-    async def _ask_init(self, body: Body, timeout: float) -> Answer:
+    async def _ask_inside(self, body: Body, timeout: float) -> Answer:
         try:
             return await self._control.ask(body, timeout)
         except CallsEnded:
-            await self._raise_gone(f"the init of jail {self._jail_id} closed its socket")
+            await self._raise_gone(f"who serves the files of jail {self._jail_id} closed its socket")
         except TimeoutError:
             raise RoostError(
                 Reason.JAIL_FAILED,
@@ -255,7 +255,7 @@ class JailedTask(JailedAgent):
 
     async def begin(self) -> tuple[int, int]:
         try:
-            answer = await self._ask_init({"do": "start"}, _SECONDS)
+            answer = await self._ask_inside({"do": "start"}, _SECONDS)
         except CallFailed as failed:
             raise RoostError(Reason.JAIL_FAILED, failed.message, failed.hint) from None
         output, errors = answer.fds
@@ -267,5 +267,5 @@ class JailedTask(JailedAgent):
         except TimeoutError:
             return None
         except CallsEnded:
-            await self._raise_gone(f"the init of jail {self._jail_id} closed its socket")
+            await self._raise_gone(f"who serves the files of jail {self._jail_id} closed its socket")
         return int(answer.values["code"])

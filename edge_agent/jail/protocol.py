@@ -79,7 +79,7 @@ class Way(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Make:
-    """A new jail. Answered when its walls are up, with descriptors: init's control socket, the agent's turn
+    """A new jail. Answered when its walls are up, with descriptors: a control socket, the agent's turn
     socket, and one or two that freeze the agent (see `cgroups.freezing`). A zygote is answered when it has
     imported its agent, without descriptors; a jail that is to be forked into names its `zygote`, of the same
     bundle. A task has no directory: its /state is in memory, and it ends with the daemon. `packages`: the id

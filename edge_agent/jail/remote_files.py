@@ -1,4 +1,4 @@
-"""A jail's files, reached through its init: `Files` over the control socket.
+"""A jail's files, reached through its init or the file service: `Files` over the control socket.
 
 The names and kinds that come back were made by an untrusted agent, and the descriptors are of its files: they
 are read as bytes and never as paths of this machine.
@@ -22,7 +22,7 @@ _TREE_SECONDS = 60.0  # for what goes through a whole tree
 
 
 class RemoteFiles:
-    """`ask` sends a request to init; JailGone comes from there."""
+    """`ask` sends a request to whoever serves them; JailGone comes from there."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask

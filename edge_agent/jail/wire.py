@@ -1,8 +1,9 @@
 """Frames over a unix stream socket: a 4-byte big-endian length, JSON, and descriptors beside it.
 
-The same class serves the jailer, a jail's init and the daemon; it never blocks, so one peer that does not
-read stops nobody. What must hold: descriptors arrive with the frame that they were queued with (the kernel
-delivers them no later than the first byte that they were sent with, in order), and each is closed once.
+The same class serves the jailer, a jail's init, the file service and the daemon; it never blocks, so one peer
+that does not read stops nobody. What must hold: descriptors arrive with the frame that they were queued with
+(the kernel delivers them no later than the first byte that they were sent with, in order), and each is closed
+once.
 How it can fail: Closed at the end of the stream, Garbage when the peer keeps to no framing.
 """
 

@@ -1,4 +1,5 @@
-"""A directory's tree, touched only beneath its root. Synchronous, stdlib only: a jail's init runs it too.
+"""A directory's tree, touched only beneath its root. Synchronous, stdlib only: jails' inits and the
+file service run it.
 
 What must hold: whatever the tree contains or becomes meanwhile, no call reads, writes or removes anything
 outside it, and none blocks. So every path is walked one component at a time from the root's descriptor,
