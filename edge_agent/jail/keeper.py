@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 MAKE_SECONDS = 10.0
 IMPORT_SECONDS = 60.0  # of a zygote
-_KILL_PAUSE = 0.1
 _SHELL_PAUSE = 0.005  # seconds after a fork, so that a shell's making holds up no agent's first turn
 
 # How an answer is given: the request's id, the frame's body, descriptors that are given away.

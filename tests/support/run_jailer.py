@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from edge_agent.config import EdgeConfig
 from edge_agent.jail import app, spawn_shell
 from edge_agent.jail.config import jailer_config
-from edge_agent.jail.prepared import Step, libc
 from edge_agent.jail.protocol import Refused
 from shared import config, log
 
@@ -23,7 +22,7 @@ def main() -> None:
     log.setup("test jailer", os.environ.get(LEVEL, "INFO"))
     if broken := os.environ.get(BROKEN):
         spawn_shell.SETTLED = tuple(map(_broken, spawn_shell.SETTLED))
-        assert any(step.what == broken for step in spawn_shell.SETTLED)
+        assert any(what == broken for what, _ in spawn_shell.SETTLED)
     edge = config.load_file(EdgeConfig, file)
     try:
         app.run(jailer_config(edge, file), tuple(sys.argv[2:]))
@@ -31,11 +30,10 @@ def main() -> None:
         sys.exit(f"{refused.message} ({refused.hint})")
 
 
-def _broken(step: Step) -> Step:
+def _broken(step: tuple[str, Any]) -> tuple[str, Any]:
     """One of that name closes what is not open."""
-    if step.what == os.environ[BROKEN]:
-        return Step(step.what, libc.close, (ctypes.c_int(-1),))
-    return step
+    what, act = step
+    return what, (lambda settled: os.close(-1)) if what == os.environ[BROKEN] else act
 
 
 if __name__ == "__main__":
