@@ -252,6 +252,7 @@ class Keeper:
         cell.calm()
 
     def _hand_over(self, cell: Cell, request_id: int) -> None:
+        self._made(cell)
         try:
             if cell.is_forked:
                 self._served.begin(cell)
@@ -266,7 +267,6 @@ class Keeper:
         except Closed:
             self._fail_making(cell, Refused("who was to serve its files has just ended", "try again"))
             return
-        self._made(cell)
         cell.phase = Running()
 
     def _attach(self, cell: Cell, request_id: int) -> None:

@@ -119,7 +119,7 @@ async def test_a_refusal_of_the_mounter_names_operation_and_cause(jailer: Runnin
 
 
 @needs_root
-@pytest.mark.parametrize("step", ["be in no group", "say that it is ready"])
+@pytest.mark.parametrize("step", ["join the jail's control groups", "set the host name to the jail's"])
 async def test_a_refusal_of_a_shells_init_names_operation_and_cause(step: str) -> None:
     async with running_jailer(broken=step) as jailer:
         zygote = await jailer.zygote("v2", ECHO)
