@@ -65,8 +65,8 @@ class Keeper:
         self._tell = tell
         self._forks = Forks(loop, cgroups, self._end)
         self._graves = Graves(cgroups, loop)
-        self._shares = Shares(cgroups, loop, self._look_at_state)
         self._served = ServedFiles(config, wright, loop, self._measured, self._end)
+        self._shares = Shares(cgroups, loop, self._served.measure)
         self._guards = Guards(config, loop, tell, self._end, lambda: self._served.pid)
         self._networks = Networks()
         self._cells: dict[str, Cell] = {}
@@ -254,8 +254,7 @@ class Keeper:
     def _hand_over(self, cell: Cell, request_id: int) -> None:
         self._made(cell)
         try:
-            if cell.is_forked:
-                self._served.begin(cell)
+            self._served.begin(cell)
             self._attach(cell, request_id)
         except OSError as error:
             refused = Refused(
@@ -271,26 +270,10 @@ class Keeper:
 
     def _attach(self, cell: Cell, request_id: int) -> None:
         """Closed, or OSError: then it is as it was."""
-        fds = cell.open_for_daemon(self._cgroups, lambda fd: self._give_control(cell, fd))
+        fds = cell.open_for_daemon(self._cgroups, lambda fd: self._served.control(cell, fd))
         granted = cell.request.limits
         sizes = {name: getattr(granted, name) for name in ("memory_bytes", "cpu_millis", "pids")}
         self._answer(request_id, {"ok": {**sizes, "devices": cell.request.devices}}, fds)
-
-    def _give_control(self, cell: Cell, fd: int) -> None:
-        """Whoever serves its files is to hear the daemon there, in place of an earlier one, and takes it.
-        Closed if it is gone."""
-        if cell.is_forked:
-            self._served.control(cell, fd)
-        else:
-            cell.supervisor.send({"do": "control"}, (fd,))
-            self._loop.refresh(cell.supervisor)
-
-    def _look_at_state(self, cell: Cell) -> None:
-        if cell.is_forked:
-            self._served.measure(cell)
-        else:
-            cell.supervisor.send({"do": "measure"})
-            self._loop.refresh(cell.supervisor)
 
     def _measured(self, cell: Cell, over: bool) -> None:
         self._shares.measured(cell)

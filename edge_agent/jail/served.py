@@ -1,4 +1,5 @@
-"""The jailer's end of the file service (`file_service.py`), which it starts when it is first needed.
+"""Whoever serves a jail's files, as the jailer speaks with it: the jail's init, or, of a forked jail, the
+file service (`file_service.py`), which is started when it is first needed.
 
 What must hold: each jail that was begun is ended once, and whoever waits for that is told within seconds,
 whatever becomes of the service. How it can fail: the service ends; then all jails that it served end, and the
@@ -58,7 +59,9 @@ class ServedFiles:
         self._unanswered: set[int] = set()
 
     def begin(self, cell: Cell) -> None:
-        """OSError, or Closed if the service has just ended."""
+        """When the jail is made. OSError, or Closed if the service has just ended."""
+        if not cell.is_forked:
+            return
         if self._wire is None:
             self._start()
         root = roots.jail_state(cell.jail_id, self._config)
@@ -70,13 +73,22 @@ class ServedFiles:
         self._send({"do": "serve", **names, **uids}, (root, output))
 
     def control(self, cell: Cell, fd: int) -> None:
-        """`fd`: the service's end of a socket to the daemon, which it takes. Closed if it has ended."""
-        self._send({"do": "control", "jail": cell.served}, (fd,))
+        """`fd`, which is taken: the other end of a socket to the daemon, in place of an earlier one. Closed if
+        who serves the jail has ended."""
+        if cell.is_forked:
+            self._send({"do": "control", "jail": cell.served}, (fd,))
+        else:
+            cell.supervisor.send({"do": "control"}, (fd,))
+            self._loop.refresh(cell.supervisor)
 
     def measure(self, cell: Cell) -> None:
-        """Closed if the service has ended."""
-        most = quota.most_taken(cell.request.limits.disk_bytes)
-        self._send({"do": "measure", "jail": cell.served, "most": most})
+        """Is there more in /state than may be? Closed if who serves the jail has ended."""
+        if cell.is_forked:
+            most = quota.most_taken(cell.request.limits.disk_bytes)
+            self._send({"do": "measure", "jail": cell.served, "most": most})
+        else:
+            cell.supervisor.send({"do": "measure"})
+            self._loop.refresh(cell.supervisor)
 
     def end(self, cell: Cell, said: Said) -> None:
         """Its processes have ended. `said` is called once, at once for one that was not begun."""
