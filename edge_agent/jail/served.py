@@ -73,8 +73,8 @@ class ServedFiles:
         self._send({"do": "serve", **names, **uids}, (root, output))
 
     def control(self, cell: Cell, fd: int) -> None:
-        """`fd`, which is taken: the other end of a socket to the daemon, in place of an earlier one. Closed if
-        who serves the jail has ended."""
+        """`fd`, which is taken: the other end of a socket to the daemon, in place of an earlier one. Closed
+        if who serves the jail has ended."""
         if cell.is_forked:
             self._send({"do": "control", "jail": cell.served}, (fd,))
         else:
