@@ -4,7 +4,8 @@ import, is started afresh again and again, and each time its first reply is wait
 Figures: WAY.p50_ms, p95_ms, p99_ms and success (0 to 1) of starts one after another, WAY.staggered.* and
 WAY.burst.* of the other patterns, for each of parked, zygote, exec (at the node) and bwrap, runc, podman,
 sandlock; WAY.loop_p50_ms with the framework's agent loop around the model; WAY.e2e_* through a mesh;
-pss_parked_mb.N, pss_mb.N, machine_mb.N an instance, and daemon_rss_mb.N, jailer_rss_mb.N, with N of them;
+pss_parked_mb.N, pss_mb.N, machine_mb.N an instance, and daemon_rss_mb.N, jailer_rss_mb.N, files_rss_mb.N (of
+the file service), with N of them;
 NAME.pss_mb for one of a peer.
 
 Parked jails are of two ranks. Of a version, as many wait as were started within 30 s; as many of these are

@@ -123,10 +123,13 @@ def _ways(log: str) -> Iterable[str]:
 
 
 def _measured(mesh: Mesh, jails: list[list[int]], count: int, before: float) -> Figures:
+    jailer = psutil.Process(mesh.nodes[NODE.name].pid)
+    files = [child for child in jailer.children() if child.name() == "roost-files"]
     return {
         f"pss_mb.{count}": pss(itertools.chain(*jails)) / len(jails),
         f"daemon_rss_mb.{count}": mesh.daemon(NODE.name).memory_info().rss / MB,
-        f"jailer_rss_mb.{count}": psutil.Process(mesh.nodes[NODE.name].pid).memory_info().rss / MB,
+        f"jailer_rss_mb.{count}": jailer.memory_info().rss / MB,
+        f"files_rss_mb.{count}": sum(each.memory_info().rss for each in files) / MB,
         f"machine_mb.{count}": (before - available()) / count,
     }
 
