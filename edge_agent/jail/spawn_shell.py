@@ -238,33 +238,33 @@ def _init(named: socket.socket, supervisor: int, opened: Opened, progress: Progr
     """Waits for its name. What it touches is its own until it executes a program that touches next to
     nothing: each instance has an init, and one in Python would keep two megabytes for itself."""
     with nothing_returns(supervisor, "to be"):
+        note = None if progress is None else progress.note
+        run(BEGINNING, None, note)
         encoded, groups, _, _ = socket.recv_fds(named, _MAX_NAME, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         if not encoded:
             os._exit(1)  # the mounter failed, and has said why, or there is nothing to do
         named.close()
-        note = None if progress is None else progress.note
         run(SETTLED, _Settled(encoded.decode(), groups), note)
         run(BECOMING_INIT, opened, note)
         run(STAYING, supervisor, note)
     os._exit(1)  # which it does not come to
 
 
-def _say_ready(supervisor: int) -> None:
+def _stay(supervisor: int) -> None:
     tell(supervisor, {"step": READY})
     os.set_blocking(supervisor, True)
-
-
-def _stay(supervisor: int) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so the kernel reaps orphans
     os.dup2(supervisor, 0)
     os.execve(_CAT, [INIT_NAME], {})
 
 
+# Before the first one ends, which is the mounter.
+BEGINNING: Script[None] = (
+    ("have the kernel reap orphans", lambda _: signal.signal(signal.SIGCHLD, signal.SIG_IGN)),
+)
 BECOMING_INIT = becoming_init(())
 # It reads until the jailer has ended, which may have been before init asked to die with it.
 STAYING: Script[int] = (
-    ("tell the jailer that it is ready", _say_ready),
-    (f"execute {_CAT}, which waits as long as the jailer lives", _stay),
+    (f"say that it is ready, and execute {_CAT}, which waits as long as the jailer lives", _stay),
 )
 
 

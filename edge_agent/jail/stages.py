@@ -56,6 +56,7 @@ def _shell(request: Make, tools: Tools) -> tuple[Stage, ...]:
         Stage("jailer", spawn_shell.birth(_nothing)),
         Stage("builder", described(spawn_shell.BUILDING)),
         Stage("jailer", forks.preparing(0, [], _nothing)),
+        Stage("init", described(spawn_shell.BEGINNING)),
         Stage("zygote's child", forks.told_ahead()),
         Stage("mounter", spawn_shell.mounting(request, tools, -1)),
     )

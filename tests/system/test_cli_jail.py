@@ -47,7 +47,7 @@ async def test_of_a_deployed_agent_with_packages(cli: Cli, tmp_path: Path) -> No
         assert [o for o in _operations(told, who) if o.endswith("/packages")], who
     assert [stage["who"] for stage in told["stages"]] == [
         *("jailer", "zygote"),
-        *("jailer", "builder", "jailer", "zygote's child", "mounter"),
+        *("jailer", "builder", "jailer", "init", "zygote's child", "mounter"),
         *("jailer", "mounter", "init", "jailer", "agent's process"),
     ]
 
