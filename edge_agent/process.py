@@ -27,6 +27,7 @@ from edge_agent.specs import of_instance
 from edge_agent.starts import Exec, FromZygote, Parked, Way, is_agents_fault, name_of
 from edge_agent.state.index import Index
 from edge_agent.state.snapshot import Snapshot, size_on_disk
+from edge_agent.state.store import FEW_FILES
 from protos.v1 import common_pb2
 from shared.errors import Reason, RoostError
 from shared.failpoints import failpoint
@@ -36,8 +37,6 @@ from shared.resources import Resources
 from shared.units import format_size
 
 log = logging.getLogger(__name__)
-
-_FEW_FILES = 200  # whose index is written sooner than a thread would begin to
 
 
 class Process:
@@ -202,7 +201,7 @@ class Process:
     async def record(self, agent: Agent, manifest: StateManifest, root: str, index: Index) -> None:
         """Writes down that its files are just this committed version; or not, if a turn has begun since or
         some are not there yet."""
-        text = index.to_json() if len(index.files) < _FEW_FILES else await asyncio.to_thread(index.to_json)
+        text = index.to_json() if len(index.files) < FEW_FILES else await asyncio.to_thread(index.to_json)
         busy = self._touched or self.filler.unfinished
         self._parts.records.put(
             NodeRecord(self.jail_id, self._key, self._epoch, manifest.version, root, agent, busy, text)

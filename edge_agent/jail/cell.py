@@ -58,7 +58,7 @@ class Cell:
     code: int = -signal.SIGKILL
     stderr_tail: str = ""
     disk_full: bool = False
-    measuring: float | None = None  # since when, monotonic; None: init was not asked, or has answered
+    measuring: float | None = None  # since when, monotonic; None: nobody was asked, or has answered
     measure_after: float = 0.0  # monotonic
     cpu_seconds: float = 0.0  # when /state was measured last
     killers: list[int] = field(default_factory=list)

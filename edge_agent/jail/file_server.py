@@ -86,7 +86,7 @@ class FileServer:
         fds = tuple(opened.values())
         try:
             yield _writing_back(fds)
-        except GeneratorExit:  # whoever wanted these is gone
+        except BaseException:  # among them that whoever wanted these is gone
             close_all(fds)
             raise
         yield {"ok": {"opened": list(opened)}}, fds
@@ -105,7 +105,13 @@ def _writing_back(fds: tuple[int, ...]) -> Callable[[], None] | None:
     if sum(os.fstat(fd).st_size for fd in fds) <= _AT_ONCE:
         write_back_all(fds)
         return None
-    copies = tuple(map(os.dup, fds))  # whoever wanted these may be gone before that is done
+    copies: list[int] = []  # whoever wanted these may be gone before that is done
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+    except OSError:
+        close_all(copies)
+        raise
 
     def write_back() -> None:
         write_back_all(copies)

@@ -42,7 +42,7 @@ from edge_agent.jail.file_server import FileServer
 from edge_agent.jail.operations import Do, Operation, carry_out
 from edge_agent.jail.output import Output, to_stderr
 from edge_agent.jail.steps import KeepCapabilities
-from edge_agent.jail.wire import Body, Closed, Frame, Garbage, Wire
+from edge_agent.jail.wire import Body, Closed, Frame, Garbage, Wire, close_all
 from edge_agent.jail.wright import Tools
 from edge_agent.state.tree import Tree, TreeTooLarge
 
@@ -54,6 +54,7 @@ NAMESPACES: int = (
 )
 _CAPABILITIES = (kernel.CAP_DAC_OVERRIDE, kernel.CAP_CHOWN, kernel.CAP_FOWNER)
 _SLICE = 0.002  # seconds, after which others go on
+_SPARE = 24  # more than one message brings along
 _OUTPUT_BYTES = 8 << 20  # of one agent's output a second; what is printed is mostly dropped anyway
 
 # What is done a slice at a time.
@@ -124,8 +125,10 @@ class Service:
         self._jails: dict[int, _Jail] = {}
         self._busy: dict[int, _Jail] = {}  # have work that can go on
         self._paused: dict[int, _Jail] = {}
+        self._spare: list[int] = []  # descriptors that are kept free for what the jailer gives
         self._back: list[_Jail] = []  # for whom something was done aside
         woken, self._wake = os.pipe2(os.O_CLOEXEC)
+        self._fill_spare()
         self._selector = selectors.DefaultSelector()
         self._selector.register(woken, selectors.EVENT_READ, lambda: self._come_back(woken))
         self._selector.register(jailer, selectors.EVENT_READ, self._hear_jailer)
@@ -140,7 +143,7 @@ class Service:
         for key, _ in self._selector.select(patience):
             key.data()
         for jail in list(self._busy.values()):
-            self._work(jail)
+            self._alone(jail, self._work)
         for jail in [jail for jail in self._paused.values() if jail.paused <= time.monotonic()]:
             del self._paused[jail.number]
             self._watch_output(jail)
@@ -154,12 +157,43 @@ class Service:
 
     # --- the jailer --------------------------------------------------------------------------------------
 
+    def _alone(self, jail: _Jail, work: Callable[[_Jail], None]) -> None:
+        """What goes wrong with one jail costs that one what it was asked, and no other anything."""
+        if self._jails.get(jail.number) is not jail:
+            return  # it was ended just now
+        try:
+            work(jail)
+        except Closed:
+            raise  # the jailer is gone
+        except Exception:
+            log.exception("a bug in the file service; it goes on without what jail %s was asked", jail.name)
+            if jail.measuring is not None:
+                jail.measuring = None
+                self._tell({"measured": jail.number, "over": False})
+            self._drop_control(jail)
+
     def _hear_jailer(self) -> None:
         self._jailer.flush()
         if not self._jailer.wants_write:
+            close_all(self._spare)  # what comes along must find room
+            self._spare.clear()
             for frame in self._jailer.receive():
                 self._take(frame)
+                self._keep_spare(frame.body["jail"])
         self._watch_jailer()
+
+    def _keep_spare(self, number: int) -> None:
+        """Where no descriptors are left, the jail that was heard of last is given up, rather than all."""
+        try:
+            self._fill_spare()
+        except OSError as error:
+            if number in self._jails:
+                log.error("jail %s is served no more: %s", self._jails[number].name, error)  # noqa: TRY400
+                self._end(self._jails[number])
+
+    def _fill_spare(self) -> None:
+        while len(self._spare) < _SPARE:
+            self._spare.append(os.dup(self._wake))
 
     def _watch_jailer(self) -> None:
         wants_write = self._jailer.wants_write
@@ -206,15 +240,17 @@ class Service:
         self._tell({"measured": jail.number, "over": over})
 
     def _end(self, jail: _Jail) -> None:
-        self._drop_control(jail)
-        self._busy.pop(jail.number, None)
-        self._unwatch_output(jail)
-        jail.measuring = None
-        jail.output.drain()
-        os.close(jail.output.fd)
-        os.close(jail.root)
+        self._alone(jail, self._finish)
         del self._jails[jail.number]
+        self._busy.pop(jail.number, None)
+        close_all((jail.output.fd, jail.root))
         self._tell({"ended": jail.number, "tail": jail.output.tail})
+
+    def _finish(self, jail: _Jail) -> None:
+        jail.measuring = None
+        self._unwatch_output(jail)
+        self._drop_control(jail)
+        jail.output.drain()
 
     # --- the daemon --------------------------------------------------------------------------------------
 
@@ -255,19 +291,20 @@ class Service:
     def _advance(self, jail: _Jail, work: Work | None) -> bool:
         """Has it ended?"""
         until = time.monotonic() + _SLICE
+        for to_do in work or ():
+            if to_do is not None and self._begin_aside(jail, to_do):
+                return False
+            if jail.waits_for_daemon or time.monotonic() >= until:
+                return False
+        return True
+
+    def _begin_aside(self, jail: _Jail, to_do: Callable[[], None]) -> bool:
         try:
-            for to_do in work or ():
-                if to_do is not None:
-                    threading.Thread(target=self._do_aside, args=(jail, to_do)).start()
-                    jail.aside = True
-                    return False
-                if jail.waits_for_daemon or time.monotonic() >= until:
-                    return False
-        except Closed:
-            raise  # the jailer is gone
-        except Exception:
-            log.exception("a bug in the file service; it goes on without what jail %s was asked", jail.name)
-            self._drop_control(jail)
+            threading.Thread(target=self._do_aside, args=(jail, to_do)).start()
+        except RuntimeError:  # there can be no more threads
+            to_do()
+            return False
+        jail.aside = True
         return True
 
     def _do_aside(self, jail: _Jail, to_do: Callable[[], None]) -> None:
@@ -282,8 +319,7 @@ class Service:
         os.read(woken, 1)
         jail = self._back.pop()
         jail.aside = False
-        if jail.number in self._jails:
-            self._go_on(jail)
+        self._alone(jail, self._go_on)
 
     def _answer(self, jail: _Jail, request: Body) -> Work:
         control = jail.control
@@ -313,7 +349,7 @@ class Service:
         if jail.events:
             self._selector.unregister(control)
         if events:
-            self._selector.register(control, events, lambda: self._hear_daemon(jail))
+            self._selector.register(control, events, lambda: self._alone(jail, self._hear_daemon))
         jail.events = events
 
     def _drop_control(self, jail: _Jail) -> None:
@@ -330,7 +366,9 @@ class Service:
     # --- output ------------------------------------------------------------------------------------------
 
     def _watch_output(self, jail: _Jail) -> None:
-        self._selector.register(jail.output.fd, selectors.EVENT_READ, lambda: self._read_output(jail))
+        self._selector.register(
+            jail.output.fd, selectors.EVENT_READ, lambda: self._alone(jail, self._read_output)
+        )
 
     def _unwatch_output(self, jail: _Jail) -> None:
         self._paused.pop(jail.number, None)
@@ -338,8 +376,6 @@ class Service:
             self._selector.unregister(jail.output.fd)
 
     def _read_output(self, jail: _Jail) -> None:
-        if jail.number not in self._jails:
-            return  # it was ended just now
         now = time.monotonic()
         if now - jail.since >= 1.0:
             jail.since, jail.printed = now, 0

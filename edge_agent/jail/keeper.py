@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, assert_never
 
 from edge_agent.jail import kernel, protocol, spawn, spawn_zygote
@@ -90,7 +91,8 @@ class Keeper:
         """The disk has lost room: who is to blame?"""
         for cell in self._cells.values():
             if not cell.is_daemons:
-                self._shares.measure(cell)
+                with suppress(OSError):  # its groups are just going
+                    self._shares.measure(cell)
 
     def end_daemons_own(self) -> None:
         """The next daemon has its own zygotes, and nobody waits for the tasks any more, nor for what is still

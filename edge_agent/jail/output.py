@@ -6,11 +6,13 @@ import os
 import select
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from edge_agent.jail.protocol import STDERR_TAIL
 
 _CHUNK = 1 << 16
 _LINE = 1000  # characters; longer ones are cut
+_LEAST = 64  # bytes that a line counts for: to pass on a short one is as much work
 _BYTES_A_SECOND = 16 << 10  # that a jail may add to the node's log
 
 
@@ -54,15 +56,18 @@ class Output:
             self._line.clear()
             data = data[newline + 1 :]
         *lines, rest = (self._line + data).split(b"\n")
-        for line in lines:
+        for number, line in enumerate(lines):
             self._pass_on(line)
+            if self._left <= 0:
+                self._dropped += len(lines) - number - 1
+                break
         self._line = bytearray(rest[-_CHUNK:])
         return size
 
     def drain(self) -> None:
         """Takes what there is at the end, though a process that holds the pipe may write on."""
         for _ in range(4):
-            if not select.select([self.fd], [], [], 0)[0] or self.read() is None:
+            if not self.read():
                 break
         if self._line:
             self._pass_on(self._line)
@@ -79,7 +84,7 @@ class Output:
         if self._left <= 0:
             self._dropped += 1
             return
-        self._left -= min(len(line), _LINE) + 1
+        self._left -= max(_LEAST, min(len(line), _LINE) + 1)
         # An agent must not be able to steer the terminal of whoever reads the log.
         text = line.decode(errors="replace")[:_LINE]
         self._write(f"[{self._label}] {''.join(c if c.isprintable() else '·' for c in text)}\n")
@@ -87,5 +92,6 @@ class Output:
 
 def to_stderr(text: str) -> None:
     """Writes to standard error unless that would block: a log that nobody reads must not stop a jail."""
-    if select.select([], [2], [], 0)[1]:
-        os.write(2, text.encode(errors="replace"))
+    with suppress(OSError):  # its disk is full, say
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, text.encode(errors="replace"))

@@ -3,7 +3,7 @@
 By the kernel: quotas for users. Every jail's agent has a uid of its own, so a limit for that uid is one for
 the jail, whatever it does with its files. The file system must have been mounted with them (`usrquota`).
 
-Otherwise: once a second the jailer looks whether the disk has lost room, and only then lets inits measure
+Otherwise: once a second the jailer looks whether the disk has lost room, and only then has somebody measure
 what is in /state (`DiskWatch`). What must hold: nothing here waits, and a box where nobody writes pays one
 `statvfs` a second. How it can fail: for a second or two a jail may write as fast as the disk can; and files
 that are deleted but open are not seen.

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -108,10 +109,11 @@ class ServedFiles:
 
     def close(self) -> None:
         """At the jailer's end."""
-        if self.pid:
-            self._kill()
-            with suppress(ChildProcessError):  # the loop may have been quicker
-                os.waitpid(self.pid, 0)
+        self._kill()
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS  # a disk that hangs may keep it from dying
+        with suppress(ChildProcessError):  # the loop may have been quicker
+            while self.pid and time.monotonic() < deadline and os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                time.sleep(0.005)
 
     def _start(self) -> None:
         ours, theirs = pair()
@@ -148,6 +150,8 @@ class ServedFiles:
         match body:
             case {"measured": int(number), "over": bool(over)} if cell := self._cells.get(number):
                 self._measured(cell, over)
+            case {"ended": int(number)} if number in self._cells and number not in self._ending:
+                self._lost(self._cells.pop(number))  # given up, for want of descriptors
             case {"ended": int(number), "tail": str(tail)}:
                 self._unanswered.discard(number)
                 self._ended(number, tail)

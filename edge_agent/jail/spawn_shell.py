@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import shutil
 import signal
 import socket
 import struct
@@ -28,7 +27,7 @@ from edge_agent.jail.protocol import Make
 from edge_agent.jail.spawn import BORN, READY, Opened, Spawned, becoming_init, nothing_returns, tell
 from edge_agent.jail.steps import MapIds, Script, cloning, entering, run
 from edge_agent.jail.wire import Wire, close_all, pair
-from edge_agent.jail.wright import INIT_NAME, Tools, Wright
+from edge_agent.jail.wright import Tools, Wright
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ _OF_INIT: int = (
 )
 _GIVEN = struct.Struct("=I?")  # the zygote's uid; are builder and init to note what they do?
 _COPIED: int = kernel.CLONE_NEWNS | kernel.CLONE_NEWCGROUP
-_CAT = shutil.which("cat") or "/bin/cat"
+_CAT = "/usr/bin/cat" if os.path.exists("/usr/bin/cat") else "/bin/cat"
 _MAX_NAME, _MAX_FDS = 128, 16
 
 
@@ -254,7 +253,7 @@ def _stay(supervisor: int) -> None:
     tell(supervisor, {"step": READY})
     os.set_blocking(supervisor, True)
     os.dup2(supervisor, 0)
-    os.execve(_CAT, [INIT_NAME], {})
+    os.execve(_CAT, ["cat"], {})  # by that name, for it may be one of many that a program has
 
 
 # Before the first one ends, which is the mounter.

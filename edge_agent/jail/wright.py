@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("=cQ?")  # the job; the clone's flags; does a cgroup come along?
 _PID = struct.Struct("=i")
-INIT_NAME = "roost-init"  # what ps shows of those who make a jail and of its init
 _SECONDS = 5.0  # for a clone
 _MAX_JOB, _MAX_FDS = 128 << 10, 8
 # Blocked, and not ignored: what it makes inherits that, and whoever executes a program clears the mask.
@@ -159,7 +158,7 @@ def _serve(sock: socket.socket, tools: Tools, jobs: Mapping[bytes, Job]) -> None
             sock.close()
             if grouped:
                 os.close(fds.pop())
-            kernel.set_name(INIT_NAME)
+            kernel.set_name("roost-init")
             jobs[job](tools, packet[_HEADER.size :], fds)
         close_all(fds)
         sock.send(_PID.pack(pid))

@@ -1,6 +1,6 @@
 """The seam between a tree of files and what reads or restores it.
 
-Real: the jail's init, which touches the files with no more rights than the jail has
+Real: the jail's init or the node's file service, which touch them for the daemon
 (`edge_agent.jail.remote_files`). Plain: a directory of this process (`LocalFiles`), for bundles and tests.
 Both pass tests/contract/test_files.py.
 """

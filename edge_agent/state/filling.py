@@ -31,7 +31,7 @@ from shared.manifest import FileNode
 
 FROM_BYTES = 32 << 20  # to be written in all: below it takes less time than a turn
 LARGE = 1 << 20  # bytes of a file from which on it can wait
-_MOST = 1024  # placeholders of an instance: each takes a descriptor here, in the jailer and in init
+_MOST = 1024  # placeholders of an instance: each takes a descriptor of three processes
 
 
 class Guard(Protocol):
@@ -132,7 +132,7 @@ class Filling:
             os.close(fd)
             raise
         self._placeholders[one.inode] = one
-        one.mtime_ns, self.filled_ns = made.mtime_ns, made.ctime_ns
+        one.mtime_ns, self.filled_ns = made.mtime_ns, max(self.filled_ns, made.ctime_ns)
         return Known.of(made, node.chunks, racy=True)
 
     def known(self, entry: Entry) -> Known | None:

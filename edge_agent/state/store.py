@@ -34,7 +34,7 @@ from shared.manifest import FileNode, StateManifest, blobs_of, decode, encode, p
 log = logging.getLogger(__name__)
 
 _CHANNEL_SECONDS = 2.0
-_FEW_FILES = 200
+FEW_FILES = 200  # whose manifest or index is encoded sooner than a thread would begin
 _SETTLE_SECONDS = 0.3  # after a commit; first its user is told
 _LIGHT_NODES, _LIGHT_BYTES = 16, 1 << 20
 _SALVAGED_AT_ONCE = 64  # chunks in memory
@@ -103,7 +103,7 @@ class StateStore:
     async def encode(self, manifest: StateManifest, base: StateManifest | None = None) -> Encoding:
         """`base`: the version that it was made from, which is committed as `manifest.parent`. So what both
         have is sound, and durable, and is neither checked nor stored again."""
-        if len(manifest.nodes) < _FEW_FILES:  # sooner done than a thread would begin
+        if len(manifest.nodes) < FEW_FILES:
             return self._encode(manifest, base)
         return await asyncio.to_thread(self._encode, manifest, base)
 

@@ -118,7 +118,7 @@ class Tree:
         for more entries than `most_entries`, or levels than can be looked through."""
         fd = os.open(".", _DIRECTORY, dir_fd=self._root)
         total = entries = 0
-        opened = [(fd, os.scandir(fd))]
+        opened = [_begin_scan(fd)]
         try:
             while opened and total <= most_bytes:
                 fd, names = opened[-1]
@@ -136,7 +136,7 @@ class Tree:
                     total += status.st_blocks * 512
                     if stat.S_ISDIR(status.st_mode):
                         below = os.open(item.name, _DIRECTORY, dir_fd=fd)
-                        opened.append((below, os.scandir(below)))
+                        opened.append(_begin_scan(below))
         finally:
             for pair in opened:
                 _close_scan(*pair)
@@ -162,15 +162,18 @@ class Tree:
         with self._parent(path) as (parent, _):
             temporary = _temporary_name()
             fd = os.open(temporary, _CREATE, 0o600, dir_fd=parent)
+            own: list[int] = []  # the caller may close its one before the commit
             try:
                 if self._keeper is not None:
                     os.fchown(fd, *self._keeper)
-                # Our own descriptors: the caller may close its one before the commit.
-                self._pending[path] = _Pending(os.dup(parent), os.dup(fd), temporary)
+                own += [os.dup(parent)]
+                own += [os.dup(fd)]
             except OSError:
-                os.close(fd)
+                for each in (fd, *own):
+                    os.close(each)
                 os.unlink(temporary, dir_fd=parent)
                 raise
+            self._pending[path] = _Pending(own[0], own[1], temporary)
         return fd
 
     def commit_write(self, entry: Entry, more: bool = False) -> Entry:
@@ -275,7 +278,9 @@ class Tree:
         pending = self._pending.pop(path, None)
         if pending is None:
             return
-        with suppress(FileNotFoundError):  # committed
+        with suppress(
+            OSError
+        ):  # it was committed, or an agent put something else there: the next scan removes it
             os.unlink(pending.temporary, dir_fd=pending.parent)
         os.close(pending.fd)
         os.close(pending.parent)
@@ -356,6 +361,15 @@ def _some_names(fd: int) -> list[str]:
     """The first in the directory: an agent can put any number there."""
     with os.scandir(fd) as names:
         return [item.name for item in itertools.islice(names, _SLICE)]
+
+
+def _begin_scan(fd: int) -> tuple[int, os._ScandirIterator[str]]:
+    """Of a directory, which is closed if it can't be read."""
+    try:
+        return fd, os.scandir(fd)
+    except OSError:
+        os.close(fd)
+        raise
 
 
 def _close_scan(fd: int, names: os._ScandirIterator[str]) -> None:

@@ -193,6 +193,54 @@ async def test_the_last_words_of_who_printed_too_much(jailer: RunningJailer) -> 
     assert (exit.code, exit.stderr_tail[-8:]) == (7, "farewell")
 
 
+async def test_with_many_open_files_jails_end_as_ever(jailer: RunningJailer) -> None:
+    """Each file that is still to come is one, and each jail three."""
+    zygote = await jailer.zygote("v2", ECHO)
+    a, b = await jailer.forked("a", zygote), await jailer.forked("b", zygote)
+    for i in range(1030):
+        os.close(await a.files.open_write(f"f{i}"))
+        await a.files.commit_write(Entry(f"f{i}", Kind.FILE, 0o600), more=True)
+    c = await jailer.forked("c", zygote)
+    for jail in (b, c):
+        await jail.kill()
+    assert await works(a)
+
+
+async def test_an_agent_that_takes_the_place_of_what_is_being_written(jailer: RunningJailer) -> None:
+    code = """
+import os
+recv()
+for name in os.listdir("/state"):
+    os.unlink("/state/" + name)
+    os.mkdir("/state/" + name)
+os._exit(0)
+"""
+    zygote = await jailer.zygote("v2", ECHO)
+    other = await jailer.forked("b", zygote)
+    hostile = await jailer.started("zygote", "a", code)
+    os.close(await hostile.files.open_write("x"))
+    await hostile.send(b"go")
+    assert (await gone(hostile)).code == 0
+    assert await works(other)
+
+
+async def test_a_service_that_can_open_no_more_gives_up_who_came_last(jailer: RunningJailer) -> None:
+    zygote = await jailer.zygote("v2", ECHO)
+    first = await jailer.forked("first", zygote)
+    pid = (await service(jailer)).pid
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    most = max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 3
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, hard))
+    for name in "abcd":
+        with suppress(RoostError, JailGone, TimeoutError):
+            await jailer.forked(name, zygote)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+    assert await works(first)
+    assert (await service(jailer)).pid == pid
+    await eventually(lambda: _groups(jailer) >= {zygote.jail_id, "first"}, 5.0, "they live")
+    assert await works(await jailer.forked("later", zygote))
+
+
 async def test_a_new_daemon_reaches_the_files_of_jails_that_it_adopts(jailer: RunningJailer) -> None:
     zygote = await jailer.zygote("v2", ECHO)
     for name in "ab":

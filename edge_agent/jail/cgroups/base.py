@@ -1,7 +1,7 @@
 """The seam to control groups: limits, freezers and accounting of one jail.
 
 Real: `v1` (one tree a controller) and `v2` (one tree). A jail's group holds its init and has the limits; its
-subgroup `agent` holds everything that the agent runs, so that freezing it leaves init to serve files. The
+subgroup `agent` holds everything that the agent runs, so that freezing it leaves init free. The
 daemon freezes it (see `freezing`).
 Only the jailer calls these, as root. Methods raise OSError for what the kernel refuses.
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -72,3 +74,17 @@ def test_the_tail_is_bounded(stage: Stage) -> None:
         stage.say(f"{i}" + "x" * 1000)
     assert len(stage.output.tail) == 4096
     assert stage.output.tail.startswith("x")
+
+
+def test_a_log_that_takes_nothing_fails_nobody() -> None:
+    code = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 2); output.to_stderr('word')"
+    code = f"from edge_agent.jail import output; {code}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_many_short_lines_are_not_looked_at_one_by_one(stage: Stage) -> None:
+    stage.say("\n" * 10_000)
+    assert len(stage.lines) <= 256
+    stage.now[0] = 1.5
+    stage.say("later\n")
+    assert f"({10_000 - len(stage.lines) + 2} lines of output left out" in stage.lines[-2]
