@@ -99,8 +99,12 @@ class _LoopThread:
         # Named by its factory, the loop does not become that of the caller's thread.
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self._loop = self._runner.get_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="roost-client", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="roost-client", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._runner.close()  # here, since the caller's thread may have a loop that runs
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         finished = threading.Event()
@@ -130,4 +134,3 @@ class _LoopThread:
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._runner.close()

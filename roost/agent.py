@@ -264,12 +264,10 @@ class Answerer:
     def get_warm(self, warm_up: Callable[[], Any] | None) -> None:
         """Makes what a first turn would, while there is no user yet, and runs what the developer has for it.
         That this fails is no reason not to answer turns."""
-        self.make_loop()
-        rehearse(self._state_dir, self._loop)
-        if warm_up is None:
-            return
         try:
-            result = warm_up()
+            self.make_loop()
+            rehearse(self._state_dir, self._loop)
+            result = None if warm_up is None else warm_up()
             if inspect.isawaitable(result):
                 self._wait(_awaited(result))
         except Exception:
@@ -284,14 +282,14 @@ class Answerer:
     def rehearse(self, state_dir: Path, message: str) -> None:
         """In a zygote, which keeps nothing of it but what the interpreter has learnt: after some calls of a
         function it writes to its code no more."""
-        loop = _new_loop() if _is_async(self._handler) else None
+        # Not of the agent's own policy: what that would keep of it is not made for a fork.
+        loop = asyncio.SelectorEventLoop() if _is_async(self._handler) else None
         state_dir.mkdir(mode=0o700, exist_ok=True)
         rehearse(state_dir, loop, message)
         (state_dir / STATE_FILE).unlink()
         state_dir.rmdir()
         if loop is not None:
             loop.close()
-            asyncio.set_event_loop(None)
 
     def _run(self, asked: Message) -> str:
         if self._saved is None:

@@ -101,13 +101,16 @@ def main_zygote(entry: str) -> NoReturn:
         agent = load(entry)
     except (Exception, SystemExit):
         _fail(node, f"it can't be imported: {traceback.format_exc(limit=1).splitlines()[-1][:500]}")
+    try:
+        agent.prepare(turn)
+    except Exception:
+        _fail(node, f"it can't be made ready: {traceback.format_exc(limit=1).splitlines()[-1][:500]}")
     threads = _threads()
     if threads > 1:
         _fail(node, f"its import left {threads - 1} threads running, and a fork would lose them")
     shared = shared_memory()
     if shared:
         _fail(node, f"its import left {shared} mapped, which every user's instance would share")
-    agent.prepare(turn)
     os.environ["HOME"] = str(STATE_DIR)  # as in each fork, which then has nothing to change
     made = _Fork(node, agent, hooks, dict(os.environ), parks, [])
     gc.collect()

@@ -72,6 +72,32 @@ def test_a_rehearsal_runs_nothing_of_the_agent_and_leaves_nothing(tmp_path: Path
     loop.close()
 
 
+def test_a_zygote_rehearses_without_the_agents_kind_of_event_loop() -> None:
+    """Such a loop may leave things in the process that a fork can't use."""
+
+    class Policy(asyncio.DefaultEventLoopPolicy):
+        def new_event_loop(self) -> asyncio.AbstractEventLoop:
+            raise AssertionError("a loop of the agent's")
+
+    agent, turns = Agent(), list[str]()
+
+    @agent.turn
+    async def answer(turn: Any) -> str:
+        turns.append(turn.message)
+        return ""
+
+    before = asyncio.get_event_loop_policy()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        asyncio.set_event_loop_policy(Policy())
+        try:
+            agent.prepare(theirs)
+        finally:
+            asyncio.set_event_loop_policy(before)
+    assert not turns
+    assert not sdk._REHEARSAL_DIR.exists()
+
+
 def test_warming_up_may_fail(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
     def warm_up() -> None:
         raise RuntimeError("no network here")

@@ -48,3 +48,9 @@ def test_the_caller_s_own_loop_stays_the_caller_s() -> None:
         finally:
             asyncio.set_event_loop(None)
             own.close()
+
+
+async def test_it_can_be_stopped_where_another_loop_runs() -> None:
+    loop = _LoopThread()
+    loop.stop()
+    assert loop.stopped
