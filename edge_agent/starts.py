@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 PERIOD = 0.5
 ZYGOTE_QUIET = 600.0  # seconds without a start after which it is ended
 _FAILURES = 2
-_PAUSE = 5.0  # seconds before a zygote is started again
+_PAUSE = 5.0  # seconds before a zygote is started again, or a jail parked, after that has failed
 _ZYGOTE_ID = re.compile(r"zygote-.*-[0-9a-f]{16}")  # an instance's ends with 24
 _WARM = json.dumps({"kind": "warm"}).encode()
 
@@ -88,6 +88,7 @@ class _Version:
     cold: list[Jail] = field(default_factory=list)
     warm: list[Jail] = field(default_factory=list)
     parking: int = 0
+    park_after: float = 0.0
     warming: int = 0
     not_warmed: int = 0  # jails that failed to get warm
     zygote: Zygote | None = None
@@ -208,7 +209,8 @@ class Starts:
         demands = self._demands()
         for name, change in pool.decide(demands, spare, now).items():
             version = self._versions[name]
-            for _ in range(min(change, pool.at_once(demands[name], now) - version.parking)):
+            at_once = pool.at_once(demands[name], now) if now >= version.park_after else 0
+            for _ in range(min(change, at_once - version.parking)):
                 version.parking += 1
                 self._do(f"park {name}", self._park(version))
             for jail in _pop(-change, version.cold, version.warm):
@@ -309,6 +311,7 @@ class Starts:
         except (RoostError, JailGone) as error:
             log.warning("a jail of %s can't be parked: %s", version.agent.version, error)
             self._trash.add(jail_id)
+            version.park_after = self._clock() + _PAUSE
         finally:
             version.parking -= 1
         self._changed()
@@ -323,6 +326,7 @@ class Starts:
                 await self._end(jail)
                 raise
             version.warm.append(jail)
+            version.not_warmed = 0
         except (RoostError, JailGone) as error:
             version.not_warmed += 1
             over = "; they wait cold from now on" if version.not_warmed == _FAILURES else ""
