@@ -174,12 +174,13 @@ class Service:
 
     def _hear_jailer(self) -> None:
         self._jailer.flush()
-        if not self._jailer.wants_write:
-            close_all(self._spare)  # what comes along must find room
-            self._spare.clear()
-            for frame in self._jailer.receive():
-                self._take(frame)
-                self._keep_spare(frame.body["jail"])
+        close_all(self._spare)  # what comes along must find room
+        self._spare.clear()
+        for frame in self._jailer.receive():
+            self._take(frame)
+            self._keep_spare(frame.body["jail"])
+        with suppress(OSError):  # as many as there are
+            self._fill_spare()
         self._watch_jailer()
 
     def _keep_spare(self, number: int) -> None:
@@ -196,9 +197,10 @@ class Service:
             self._spare.append(os.dup(self._wake))
 
     def _watch_jailer(self) -> None:
-        wants_write = self._jailer.wants_write
-        events = selectors.EVENT_WRITE if wants_write else selectors.EVENT_READ
-        self._selector.modify(self._jailer, events, self._hear_jailer)
+        """It is read from even while it does not read: it does not before all that it says is read, and else
+        both would wait for each other."""
+        writing = selectors.EVENT_WRITE if self._jailer.wants_write else 0
+        self._selector.modify(self._jailer, selectors.EVENT_READ | writing, self._hear_jailer)
 
     def _take(self, frame: Frame) -> None:
         number, fds = frame.body["jail"], frame.fds

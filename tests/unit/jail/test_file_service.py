@@ -225,5 +225,24 @@ def test_a_state_is_measured_while_its_daemon_does_not_read(world: World) -> Non
         assert world.jailer.hear() == {"measured": 1, "over": over}
 
 
+def test_a_jailer_that_asks_of_many_before_it_reads_is_answered(world: World) -> None:
+    """It reads from no peer that does not read: neither may wait for the other."""
+    numbers = list(range(1, 61))
+    for number in numbers:
+        world.jail(number)
+    world.turns(100)
+    for sock in (world.jailer.sock, world.service._jailer._sock):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the kernel allows
+    for _ in range(3):
+        for number in numbers:
+            world.jailer.ask(do="measure", jail=number, most=1)
+    until = time.monotonic() + _SECONDS
+    while world.jailer.wire.wants_write:
+        assert time.monotonic() < until, "each waits for the other"
+        world.service.turn(0.001)
+        world.jailer.wire.flush()
+    assert {world.jailer.hear()["measured"] for _ in numbers} <= set(numbers)
+
+
 def _open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
